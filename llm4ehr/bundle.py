@@ -1,0 +1,223 @@
+"""Model bundles: everything a model needs to run, in one verified folder.
+
+`<repository>/<name>/<version>/` holds
+
+    manifest.json          schema version, name, SHA-256 of every other file
+    config.json            architecture
+    model.safetensors      weights
+    preprocessing.json     normalisation and imputation
+    vocabulary.json        event codes
+    labels.json            tasks, phenotype names, how labels were made
+    calibration.json       raw output -> answer, for each head
+    metrics.json           how well it does, and the commands that measured it
+    MODEL_CARD.md
+
+The digest of a bundle is the SHA-256 of its manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm4ehr.calibration import Calibration, OutputMap
+from llm4ehr.episode import Preprocessing, preprocessing_digest
+from llm4ehr.model import LLM4EHR, ModelConfig
+from llm4ehr.vocabulary import Vocabulary
+
+BUNDLE_SCHEMA_VERSION = 1
+_NETWORK_FILES = ("config.json", "model.safetensors", "preprocessing.json", "vocabulary.json")
+_BUNDLE_FILES = (
+    *_NETWORK_FILES, "labels.json", "calibration.json", "metrics.json", "MODEL_CARD.md",
+)  # fmt: skip
+
+
+class BundleError(ValueError):
+    """The bundle cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A model with the preprocessing it was trained with. Neither is usable without the other."""
+
+    model: LLM4EHR
+    preprocessing: Preprocessing
+    vocabulary: Vocabulary
+
+    @property
+    def causal(self) -> bool:
+        """Whether the network may be streamed: no hour depends on a later one."""
+        return self.preprocessing.causal and self.model.config.backbone.causal
+
+    @property
+    def preprocessing_digest(self) -> str:
+        """SHA-256 of everything that turns an episode into numbers."""
+        return preprocessing_digest(self.preprocessing, self.vocabulary)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A loaded, verified bundle."""
+
+    name: str
+    version: int
+    digest: str
+    network: Network
+    calibration: Calibration
+    phenotypes: tuple[str, ...] = ()
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    card: str = ""
+
+
+def save_network(folder: Path, network: Network, *, half: bool = False) -> None:
+    """Write the network files into an existing folder.
+
+    `half` stores frozen backbone weights in bfloat16. They must already be rounded to it (see
+    `training.pretrain`), so that nothing is lost.
+    """
+    config = network.model.config
+    _write_json(folder / "config.json", config.to_json())
+    _write_json(folder / "preprocessing.json", network.preprocessing.to_json())
+    _write_json(folder / "vocabulary.json", network.vocabulary.to_json())
+    state = {}
+    for name, tensor in network.model.state_dict().items():
+        kept = tensor.detach().cpu().contiguous().clone()
+        if half and name.startswith("backbone.") and not torch.equal(kept.bfloat16().float(), kept):
+            raise BundleError(f"{name} is not rounded to bfloat16")
+        state[name] = kept.bfloat16() if half and name.startswith("backbone.") else kept
+    save_file(state, folder / "model.safetensors")
+
+
+def load_network(folder: Path) -> Network:
+    """Read what `save_network` wrote; fp32 on the CPU, in eval mode. Raises BundleError."""
+    config = _parse(folder, "config.json", ModelConfig.from_json)
+    preprocessing = _parse(folder, "preprocessing.json", Preprocessing.from_json)
+    vocabulary = _parse(folder, "vocabulary.json", Vocabulary.from_json)
+    model = LLM4EHR(config)
+    try:
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: t.float() for name, t in weights.items()})
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise BundleError(f"{folder / 'model.safetensors'}: {error}") from error
+    return Network(model=model.eval(), preprocessing=preprocessing, vocabulary=vocabulary)
+
+
+def save_bundle(
+    repository: Path,
+    name: str,
+    version: int,
+    network: Network,
+    *,
+    calibration: Calibration,
+    labels: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    card: str,
+    half: bool = False,
+) -> Path:
+    """Write a complete bundle and return its folder. A version that exists is never overwritten."""
+    folder = repository / name / str(version)
+    if folder.exists():
+        raise BundleError(f"{folder} exists; versions are immutable, choose the next number")
+    partial = folder.with_name(f"{version}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        save_network(partial, network, half=half)
+        _write_json(partial / "labels.json", labels)
+        _write_json(partial / "calibration.json", {t: asdict(m) for t, m in calibration.items()})
+        _write_json(partial / "metrics.json", metrics)
+        (partial / "MODEL_CARD.md").write_text(card)
+        manifest = {
+            "schema_version": BUNDLE_SCHEMA_VERSION,
+            "name": name,
+            "version": version,
+            "files": {file: _sha256(partial / file) for file in _BUNDLE_FILES},
+        }
+        _write_json(partial / "manifest.json", manifest)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_bundle(repository: Path, name: str, version: int) -> Bundle:
+    """Verify and load a bundle.
+
+    Raises BundleError naming the file on: a missing folder or file, an unknown schema version, a
+    file that is not in the manifest, a wrong hash, contents that cannot be read.
+    """
+    folder = repository / name / str(version)
+    if not (folder / "manifest.json").is_file():
+        raise BundleError(f"{folder / 'manifest.json'}: missing")
+    manifest = _parse(folder, "manifest.json", dict)
+    if manifest.get("schema_version") != BUNDLE_SCHEMA_VERSION:
+        raise BundleError(
+            f"{folder / 'manifest.json'}: schema version {manifest.get('schema_version')!r} "
+            f"is unknown, this code reads {BUNDLE_SCHEMA_VERSION}"
+        )
+    if (manifest.get("name"), manifest.get("version")) != (name, version):
+        raise BundleError(f"{folder / 'manifest.json'}: made for another name or version")
+    files = manifest.get("files", {})
+    for file in _BUNDLE_FILES:
+        if file not in files:
+            raise BundleError(f"{folder / 'manifest.json'}: no hash for {file}")
+        if not (folder / file).is_file():
+            raise BundleError(f"{folder / file}: missing")
+        if _sha256(folder / file) != files[file]:
+            raise BundleError(f"{folder / file}: SHA-256 differs from the manifest")
+    network = load_network(folder)
+    labels = _parse(folder, "labels.json", dict)
+    phenotypes = tuple(labels.get("phenotypes", ()))
+    heads = network.model.config.heads
+    if heads.get("phenotyping", 0) != len(phenotypes):
+        raise BundleError(f"{folder / 'labels.json'}: phenotype names do not match the head")
+    calibration = _parse(
+        folder, "calibration.json", lambda body: {t: OutputMap(**m) for t, m in body.items()}
+    )
+    if set(calibration) != set(heads):
+        raise BundleError(f"{folder / 'calibration.json'}: tasks differ from the heads")
+    return Bundle(
+        name=name,
+        version=version,
+        digest=_sha256(folder / "manifest.json"),
+        network=network,
+        calibration=calibration,
+        phenotypes=phenotypes,
+        labels=labels,
+        metrics=_parse(folder, "metrics.json", dict),
+        card=(folder / "MODEL_CARD.md").read_text(),
+    )
+
+
+def bundle_versions(repository: Path, name: str) -> list[int]:
+    """Versions of a bundle, oldest first."""
+    folders = (repository / name).glob("*/manifest.json")
+    return sorted(int(f.parent.name) for f in folders if f.parent.name.isdigit())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, body: Any) -> None:
+    path.write_text(json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _parse(folder: Path, file: str, build: Any) -> Any:
+    path = folder / file
+    try:
+        return build(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BundleError(f"{path}: {error}") from error

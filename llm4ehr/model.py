@@ -1,0 +1,187 @@
+"""The LLM4EHR network: architecture only.
+
+Two passes share one backbone. The series pass turns hours into hidden states v, from which heads and
+decoder read; the EHR pass turns event tokens into hidden states z and serves pre-training. With
+`events="fused"` what is known of the events at an hour is also embedded and added to that hour's
+token, so that heads can use labs and drugs in one causal stream.
+
+Shape legend: B episodes, T hours, N tokens, P patches, H hidden, S series features, E event
+channels, V variables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from llm4ehr.backbone import Backbone, BackboneSpec
+
+Task = Literal["decompensation", "mortality", "remaining_los", "phenotyping"]
+TASKS: tuple[Task, ...] = ("decompensation", "mortality", "remaining_los", "phenotyping")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Everything needed to rebuild the network.
+
+    `ts_norm` (M8), `patch_head` (M7) and `head` (M15) are the paper's open choices. `heads` maps a
+    task to its number of outputs.
+    """
+
+    backbone: BackboneSpec
+    n_series: int
+    n_event_channels: int
+    n_tokens: int
+    n_variables: int = 11
+    events: Literal["none", "fused"] = "none"
+    ts_norm: Literal["layer", "batch", "none"] = "layer"
+    patch_hours: int = 5
+    patch_head: Literal["none", "tanh", "ehr_linear_tanh"] = "none"
+    head: Literal["linear", "mlp"] = "linear"
+    begin_token: bool = False
+    heads: dict[Task, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_json`. Raises TypeError on unknown or missing keys."""
+        return cls(**body | {"backbone": BackboneSpec(**body["backbone"])})
+
+
+class SeriesEncoder(nn.Module):
+    """Hour by hour, S -> H: linear, ReLU, linear; the event embedding joins before the norm."""
+
+    def __init__(self, config: ModelConfig, hidden: int) -> None:
+        super().__init__()
+        self.series = _two_layers(config.n_series, hidden)
+        self.events = (
+            _two_layers(config.n_event_channels, hidden) if config.events == "fused" else None
+        )
+        norms = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": lambda _: nn.Identity()}
+        self.norm = norms[config.ts_norm](hidden)
+
+    def forward(self, series: Tensor, events: Tensor | None) -> Tensor:
+        """`series` [..., S] and `events` [..., E] -> tokens [..., H]."""
+        token = self.series(series)
+        if self.events is not None and events is not None:
+            token = token + self.events(events)
+        # BatchNorm1d wants [rows, H]; the other norms do not mind.
+        normed: Tensor = self.norm(token.reshape(-1, token.shape[-1]))
+        return normed.view(token.shape)
+
+
+class LLM4EHR(nn.Module):
+    """Encoder, decoder and heads. Build it from a config; load weights with `llm4ehr.bundle`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.backbone)
+        hidden = self.backbone.hidden_size
+        self.series_encoder = SeriesEncoder(config, hidden)
+        # The clinical tokens are a table of their own: the backbone's words stay untouched by any
+        # optimiser, weight decay included, and checkpoints stay small.
+        self.tokens = nn.Embedding(config.n_tokens, hidden)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        begin = torch.zeros(1 if config.begin_token else 0, hidden)
+        self.begin: Tensor
+        self.register_buffer("begin", begin)
+        self.decoder = nn.Linear(hidden, config.n_variables)
+        self.series_patch = nn.Identity() if config.patch_head == "none" else nn.Tanh()
+        self.event_patch = {
+            "none": nn.Identity,
+            "tanh": nn.Tanh,
+            "ehr_linear_tanh": lambda: nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh()),
+        }[config.patch_head]()
+        self.heads = nn.ModuleDict(
+            {task: _head(config.head, hidden, n) for task, n in config.heads.items()}
+        )
+
+    def encode_hours(
+        self,
+        series: Tensor,
+        events: Tensor | None,
+        hour_mask: Tensor | None,
+        hours: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Series pass: v [B, T, H].
+
+        `series` [B, T, S]; `events` [B, T, E], ignored without fusion; `hour_mask` [B, T] is true
+        inside the stay; `hours` [B, T] are positions, by default 0..T-1. `cache` is the engine's.
+        """
+        if hours is None:
+            hours = torch.arange(series.shape[1], device=series.device).expand(series.shape[:2])
+        token = self.series_encoder(series, events)
+        hidden: Tensor = self.backbone(token, hour_mask, hours, cache)
+        return hidden
+
+    def encode_events(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """EHR pass: z [B, N, H] of `token_ids` [B, N]; positions are token order, not time."""
+        embeds = self.tokens(token_ids)
+        n_begin = self.begin.shape[0]
+        if n_begin:
+            begin = self.begin.expand(embeds.shape[0], n_begin, -1)
+            embeds = torch.cat([begin, embeds], dim=1)
+            token_mask = nn.functional.pad(token_mask, (n_begin, 0), value=True)
+        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
+        z: Tensor = self.backbone(embeds, token_mask, positions)
+        return z[:, n_begin:]
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest event sequence of the EHR pass."""
+        return self.backbone.context_length - self.begin.shape[0]
+
+    def reconstruct(self, v: Tensor) -> Tensor:
+        """Decode v [..., H] into normalised variables [..., V]."""
+        x: Tensor = self.decoder(v)
+        return x
+
+    def predict(self, v: Tensor) -> dict[Task, Tensor]:
+        """Raw head outputs for hidden states [..., H]: task -> [..., n]."""
+        return {task: self.heads[task](v) for task in self.config.heads}
+
+    def pool_hours(self, v: Tensor, hour_mask: Tensor) -> Tensor:
+        """Mean of v over the hours of each patch that are inside the stay: v' [B, P, H] (Eq. 1)."""
+        patch = torch.arange(v.shape[1], device=v.device) // self.config.patch_hours
+        patches: Tensor = self.series_patch(_mean_by_patch(v, patch.expand(v.shape[:2]), hour_mask))
+        return patches
+
+    def pool_events(self, z: Tensor, token_hours: Tensor, token_mask: Tensor, n: int) -> Tensor:
+        """Mean of z over the tokens whose hour falls into each of `n` patches: z' [B, n, H]."""
+        patch = token_hours // self.config.patch_hours
+        patches: Tensor = self.event_patch(_mean_by_patch(z, patch, token_mask, n))
+        return patches
+
+
+def patch_counts(index: Tensor, mask: Tensor, n: int) -> Tensor:
+    """Number of true entries of `mask` [B, K] in each of `n` patches, by `index` [B, K]: [B, n]."""
+    counts = torch.zeros(mask.shape[0], n, device=mask.device)
+    return counts.scatter_add_(1, index.clamp(0, n - 1), mask.float())
+
+
+def _mean_by_patch(x: Tensor, patch: Tensor, mask: Tensor, n: int | None = None) -> Tensor:
+    n = int(patch.max()) + 1 if n is None else n
+    mask = mask & (patch >= 0) & (patch < n)
+    index = patch.clamp(0, n - 1)
+    total = x.new_zeros(x.shape[0], n, x.shape[2])
+    total = total.scatter_add(1, index[..., None].expand_as(x), x * mask[..., None])
+    return total / patch_counts(index, mask, n).clamp(min=1)[..., None].to(x.dtype)
+
+
+def _two_layers(n_in: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU(), nn.Linear(n_out, n_out))
+
+
+def _head(kind: Literal["linear", "mlp"], hidden: int, n_out: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(hidden, n_out)
+    return nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_out))

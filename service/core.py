@@ -1,0 +1,109 @@
+"""The nouns of the service: what is logged, what is known of an episode, and who scores it.
+
+No torch, no web framework, no clock: whoever needs the time passes it in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.entries import Draft, Entry, Kind, content_id, entries_as_of, from_us, to_us
+from service.projection import EpisodeView, HourStatus, episode_at, hour_status
+
+__all__ = [
+    "BundleInfo",
+    "Draft",
+    "Engine",
+    "Entry",
+    "EpisodeView",
+    "HourScore",
+    "HourStatus",
+    "Kind",
+    "Overloaded",
+    "Scores",
+    "content_id",
+    "entries_as_of",
+    "episode_at",
+    "from_us",
+    "hour_status",
+    "to_us",
+]
+
+
+class Overloaded(Exception):
+    """The engine has more work waiting than it may hold. Nothing is lost; ask again later."""
+
+    def __init__(self, retry_after_s: int = 1) -> None:
+        super().__init__("the engine is overloaded")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HourScore:
+    """What the model says at the end of one hour. None where the bundle lacks the task."""
+
+    hour: int
+    decompensation: float | None
+    mortality: float | None
+    remaining_los_hours: float | None
+    phenotypes: dict[str, float]
+    imputed_share: float
+    """Share of the variables not measured in this hour but carried forward or assumed, 0..1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """Scores of hours 0..n-1, computed from exactly the log entries 1..seq."""
+
+    seq: int
+    hours: tuple[HourScore, ...]
+    embeddings: NDArray[np.float32]  # [n, H]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleInfo:
+    """Which model answers."""
+
+    name: str
+    version: str
+    digest: str
+    preprocessing_digest: str
+    tasks: tuple[str, ...]
+    phenotypes: tuple[str, ...]
+    causal: bool
+
+
+class Engine(Protocol):
+    """Turns an episode into scores. Every method is called on the event loop."""
+
+    @property
+    def bundle(self) -> BundleInfo: ...
+
+    def submit(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
+        """Score hours 0..max(head_hour + 1, n_hours) - 1 in the episode's live slot.
+
+        Only the newest view of an episode is computed: futures of older ones resolve with a newer
+        `seq` or are cancelled. Raises Overloaded.
+        """
+        ...
+
+    def submit_as_of(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
+        """The same for a past view, without touching the live slot. Raises Overloaded."""
+        ...
+
+    def forget(self, episode_id: str) -> None:
+        """Drop whatever is held for an episode."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether scores can be asked for now."""
+        ...
+
+    def alive(self) -> bool:
+        """False once only a restart can help."""
+        ...

@@ -1,0 +1,204 @@
+"""The application between the API, the log and the engine: what may be done with an episode."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from service import decisions
+from service.core import Draft, Engine, EpisodeView, entries_as_of, episode_at
+from service.decisions import (
+    Admission,
+    Change,
+    DeletedEpisode,
+    Posted,
+    Refused,
+    UnknownEpisode,
+)
+from service.ingest import Batch, EventVocabulary, Rules
+from service.live import LiveScores
+from service.log.base import EventLog, LogUnavailable, SequenceConflict
+from service.settings import Settings
+from service.state import EpisodeState, Scored, StateCache
+
+_T = TypeVar("_T")
+
+# A decision: what to write, and the outcome to report, judged from the state and the time.
+_Decide = Callable[[EpisodeState | None, datetime], tuple[Sequence[Draft], _T]]
+
+_MAX_CONFLICTS = 5
+
+
+class SeqNotReached(Exception):
+    """The log does not hold that many entries of the episode."""
+
+
+class EpisodeService:
+    """Reads and writes episodes. Runs on one event loop; what it acknowledges is in the log."""
+
+    def __init__(
+        self,
+        *,
+        log: EventLog,
+        engine: Engine,
+        vocabulary: EventVocabulary,
+        settings: Settings,
+        clock: Callable[[], datetime],
+        on_commit: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._log = log
+        self._clock = clock
+        self._on_commit = on_commit
+        self._rules = Rules(
+            vocabulary=vocabulary,
+            future_tolerance=settings.future_tolerance,
+            allowed_lateness=settings.allowed_lateness,
+        )
+        self._cache = StateCache(settings.cached_entries)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._writes: set[asyncio.Task[Any]] = set()
+        self.live = LiveScores(engine=engine, settings=settings, load=self._load, log=log)
+
+    def start(self) -> None:
+        """Begin to score the open stays that are in the log."""
+        self.live.start()
+
+    async def stop(self) -> None:
+        """Finish the writes under way; the log can be closed afterwards."""
+        await self.live.stop()
+        if self._writes:
+            await asyncio.wait(self._writes)
+
+    async def post(
+        self, episode_id: str, batch: Batch, admission: Admission | None
+    ) -> tuple[int, Posted]:
+        """Record the good items of a batch; creates the episode if its admission is given.
+
+        Returns the episode's last sequence number too. Raises UnknownEpisode, DeletedEpisode,
+        Refused, NothingAccepted, LogUnavailable.
+        """
+        state, posted = await self._write(
+            episode_id,
+            lambda state, now: decisions.post(state, now, self._rules, batch, admission),
+        )
+        return state.seq, posted
+
+    async def put(self, episode_id: str, admission: Admission) -> tuple[EpisodeView, bool]:
+        """Set the admission of a new or known episode; True if it was created.
+
+        Raises DeletedEpisode, Refused, LogUnavailable.
+        """
+        state, created = await self._write(
+            episode_id, lambda state, now: decisions.put(state, now, self._rules, admission)
+        )
+        return state.view, created
+
+    async def patch(self, episode_id: str, change: Change) -> EpisodeView:
+        """Change admission, static facts or discharge.
+
+        Raises UnknownEpisode, DeletedEpisode, Refused, LogUnavailable.
+        """
+        state, _ = await self._write(
+            episode_id, lambda state, now: decisions.patch(state, now, self._rules, change)
+        )
+        return state.view
+
+    async def delete(self, episode_id: str) -> None:
+        """Mark as deleted; doing so again changes nothing. Raises UnknownEpisode, LogUnavailable."""
+        await self._write(episode_id, lambda state, now: decisions.delete(state))
+
+    async def view(
+        self, episode_id: str, as_of: int | datetime | None = None, min_seq: int = 0
+    ) -> EpisodeView:
+        """The episode now, or as it was known at a sequence number or instant.
+
+        Raises UnknownEpisode, DeletedEpisode, SeqNotReached, Refused, LogUnavailable.
+        """
+        state = await self._load(episode_id)
+        if state is None:
+            raise UnknownEpisode
+        wanted = max(min_seq, as_of if isinstance(as_of, int) else 0)
+        if wanted > state.seq:
+            state.extend(await self._log.entries(episode_id, state.seq))
+            if wanted > state.seq:
+                raise SeqNotReached
+        view = state.view
+        if as_of is not None:
+            if isinstance(as_of, datetime) and as_of > self._clock():
+                raise Refused("as_of", "in-the-future", "nothing is known of the future")
+            entries = entries_as_of(state.entries, as_of)
+            if not entries:
+                raise UnknownEpisode
+            if len(entries) < len(state.entries):
+                view = episode_at(entries)
+        if view.deleted:
+            raise DeletedEpisode
+        return view
+
+    async def scores(self, view: EpisodeView, n_hours: int, *, exact: bool) -> Scored:
+        """Scores of at least the first `n_hours` hours of a view, or of a newer one.
+
+        With `exact` of that very view. Raises Overloaded, LogUnavailable.
+        """
+        state = await self._load(view.episode_id)
+        if state is None:
+            raise UnknownEpisode
+        if exact:
+            return await self.live.of_past(state, view, n_hours)
+        return await self.live.newest(state, view.seq, n_hours)
+
+    async def _load(self, episode_id: str, *, evict: bool = True) -> EpisodeState | None:
+        """The state of an episode, from memory or from the log; None if there is no such one."""
+        state = self._cache.get(episode_id)
+        if state is None:
+            entries = await self._log.entries(episode_id)
+            if not entries:
+                return None
+            state = self._cache.offer(EpisodeState(entries), evict=evict)
+        return state
+
+    async def _write(self, episode_id: str, decide: _Decide[_T]) -> tuple[EpisodeState, _T]:
+        """Carry a decision out, to its end even if the caller goes away."""
+        task = asyncio.create_task(self._decide_and_append(episode_id, decide))
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        return await asyncio.shield(task)
+
+    async def _decide_and_append(
+        self, episode_id: str, decide: _Decide[_T]
+    ) -> tuple[EpisodeState, _T]:
+        lock = self._locks.setdefault(episode_id, asyncio.Lock())
+        async with lock:
+            for _ in range(_MAX_CONFLICTS):
+                state = await self._load(episode_id)
+                now = self._clock()
+                drafts, outcome = decide(state, now)
+                if not drafts:
+                    assert state is not None
+                    return state, outcome
+                if state is not None:
+                    # A clock set back must not make the two orders of entries disagree.
+                    now = max(now, state.entries[-1].recorded_at)
+                started = time.perf_counter()
+                try:
+                    entries = await self._log.append(
+                        episode_id, drafts, now, 0 if state is None else state.seq
+                    )
+                except SequenceConflict:
+                    # Another process wrote: read what it wrote, and judge again.
+                    if state is not None:
+                        state.extend(await self._log.entries(episode_id, state.seq))
+                    continue
+                self._on_commit(time.perf_counter() - started)
+                if state is None:
+                    state = EpisodeState(entries)
+                else:
+                    state.extend(entries)
+                state = self._cache.offer(state)
+                self.live.changed(state)
+                return state, outcome
+        raise LogUnavailable("too many writers of one episode")

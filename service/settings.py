@@ -1,0 +1,95 @@
+"""Settings of the service, read from environment variables that begin with LLM4EHR_."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "LLM4EHR_"
+
+# Names under our prefix that other parts of the project read.
+_FOREIGN = ("LLM4EHR_DATA", "LLM4EHR_TEST_")
+
+
+class Settings(BaseSettings):
+    """All settings and their defaults. An unknown LLM4EHR_ variable is an error, not a no-op."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_parse_none_str="none", extra="forbid", frozen=True
+    )
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+
+    log_path: Path = Path("llm4ehr-log.sqlite")
+    """File of the log; made if it does not exist."""
+
+    model_repository: Path = Path("model_repository")
+    bundle: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[1-9][0-9]*$")] = "llm4ehr/1"
+    """Which model answers, as NAME/VERSION within the repository."""
+
+    kv_memory_mib: Annotated[int, Field(ge=1)] = 512
+    """Memory for the live states of stays. What does not fit is rebuilt from the log on demand."""
+
+    engine_rows: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Most rows (one hour of one stay each) in one forward pass."""
+
+    torch_threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of a forward pass; None leaves the choice to torch."""
+
+    max_pending: Annotated[int, Field(ge=1)] = 4096
+    """Most stays waiting for the engine before it answers `overloaded`."""
+
+    cached_entries: Annotated[int, Field(ge=0)] = 200_000
+    """Most log entries kept in memory, about 1 KiB each."""
+
+    scoring_enabled: bool = True
+    """The kill switch: without it data is taken and kept, but no score is computed or shown."""
+
+    allowed_lateness_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """How long after its end an hour stays preliminary."""
+
+    staleness_limit_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 12.0
+    """Age of the newest data beyond which no score is shown; None: no limit."""
+
+    future_tolerance_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """How far the clocks of senders may run ahead of ours."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
+    max_items: Annotated[int, Field(ge=1)] = 5000
+    """Most observations, events and withdrawals in one request, together."""
+
+    @model_validator(mode="after")
+    def _refuse_unknown_variables(self) -> Self:
+        known = {PREFIX + name.upper() for name in type(self).model_fields}
+        unknown = sorted(
+            name
+            for name in (key.upper() for key in os.environ)
+            if name.startswith(PREFIX) and name not in known and not _is_foreign(name)
+        )
+        if unknown:
+            raise ValueError(f"unknown environment variables: {', '.join(unknown)}")
+        return self
+
+    @property
+    def allowed_lateness(self) -> timedelta:
+        return timedelta(hours=self.allowed_lateness_hours)
+
+    @property
+    def staleness_limit(self) -> timedelta | None:
+        hours = self.staleness_limit_hours
+        return None if hours is None else timedelta(hours=hours)
+
+    @property
+    def future_tolerance(self) -> timedelta:
+        return timedelta(minutes=self.future_tolerance_minutes)
+
+
+def _is_foreign(name: str) -> bool:
+    data, test = _FOREIGN
+    return name == data or name.startswith(test)

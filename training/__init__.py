@@ -1,0 +1,1 @@
+"""From public ICU data to a tuned model and the bundle that the service loads."""

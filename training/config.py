@@ -1,0 +1,219 @@
+"""Configuration of training runs: YAML in, validated, unknown keys refused.
+
+A `preset` fills in the model facts' open questions; keys written out in the file win over it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from llm4ehr.model import Task
+from training.labels import LabelAlign
+from training.objectives import ObjectiveConfig
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says where and why."""
+
+
+class SourceConfig(Strict):
+    """One episode store and the splits to read from it."""
+
+    store: Path
+    splits: tuple[str, ...]
+
+
+class DataConfig(Strict):
+    """Where episodes come from. One of `n_folds` patient folds is held out for selection."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    cache: Path = Path("runs/cache")
+    n_folds: PositiveInt = 20
+    validation_fold: int | None = 0
+    max_codes: PositiveInt = 512
+    max_episodes: PositiveInt | None = None
+
+
+class PreprocessingOptions(Strict):
+    """The choices of `llm4ehr.episode.Preprocessing` that are not fitted."""
+
+    imputation: Literal["causal", "linear"] = "causal"  # M12
+    bin_edge: Literal["left", "right"] = "left"  # M22
+    dedupe: Literal["hour", "episode_last", "none"] = "hour"  # M19
+    observed_inputs: bool = True
+    static_inputs: bool = True
+
+
+class BackboneOptions(Strict):
+    """Pre-trained weights by `source` (hub name or folder), or random ones from a `config`."""
+
+    source: str | None = None
+    config: dict[str, Any] | None = None
+    attention_mode: Literal["causal", "native"] = "causal"  # M17
+    frozen: bool = True
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.source is None) == (self.config is None):
+            raise ValueError("give exactly one of `source` and `config`")
+        if self.config is not None and self.frozen:
+            raise ValueError("a backbone with random weights cannot be frozen: set frozen: false")
+        return self
+
+
+class ModelOptions(Strict):
+    """Architecture."""
+
+    backbone: BackboneOptions
+    events: Literal["none", "fused"] = "none"
+    ts_norm: Literal["layer", "batch", "none"] = "layer"  # M8
+    patch_hours: PositiveInt = 5
+    patch_head: Literal["none", "tanh", "ehr_linear_tanh"] = "none"  # M7
+    head: Literal["linear", "mlp"] = "linear"  # M15
+    train_new_tokens: bool = True  # M10
+
+
+class OptimConfig(Strict):
+    """Optimiser and loop. `precision` auto is bf16 on a GPU that has it, else fp32."""
+
+    epochs: PositiveInt = 5
+    batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-4
+    weight_decay: float = 0.0
+    clip_norm: PositiveFloat = 2.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: PositiveInt = 200
+
+
+class PretrainConfig(Strict):
+    """One pre-training run."""
+
+    run: Path
+    seed: int = 0
+    data: DataConfig
+    preprocessing: PreprocessingOptions = PreprocessingOptions()
+    model: ModelOptions
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    # Share of episodes whose fused events are hidden in the series pass, so that series and events
+    # are aligned rather than copied and a stay without events still works.
+    modality_dropout: float = Field(default=0.5, ge=0, le=1)
+
+
+class FinetuneConfig(Strict):
+    """One fine-tuning run on top of a pre-training run: all tasks share one encoder."""
+
+    run: Path
+    seed: int = 0
+    pretrained: Path
+    data: DataConfig
+    tasks: dict[Task, PositiveFloat] = Field(min_length=1)  # task -> weight of its loss
+    tuning: Literal["linear", "end_to_end"] = "linear"
+    label_align: LabelAlign = "bin_end"  # M13
+    # The network reads hours up to this one when it is fine-tuned and selected.
+    max_hours: PositiveInt = 200
+    modality_dropout: float = Field(default=0.1, ge=0, le=1)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    encoder_learning_rate: PositiveFloat | None = None  # of everything but the heads
+    select_by: Task = "mortality"
+    patience: PositiveInt = 3
+    optim: OptimConfig = OptimConfig(epochs=10, learning_rate=5e-4)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "paper": {
+        "preprocessing": {
+            "imputation": "linear",
+            "bin_edge": "right",
+            "observed_inputs": False,
+            "static_inputs": False,
+        },
+        "model": {"events": "none", "backbone": {"attention_mode": "native"}},
+        "modality_dropout": 0.0,
+    },
+    # Explains differences to the published code; not a recommendation.
+    "public_code": {
+        "preprocessing": {
+            "imputation": "linear",
+            "bin_edge": "right",
+            "dedupe": "episode_last",
+            "observed_inputs": False,
+            "static_inputs": False,
+        },
+        "model": {
+            "events": "none",
+            "ts_norm": "batch",
+            "patch_head": "ehr_linear_tanh",
+            "head": "mlp",
+            "train_new_tokens": False,
+            "backbone": {"attention_mode": "native"},
+        },
+        "objective": {
+            "nce_denominator": "include",
+            "nce_scope": "batch",
+            "omega_mask": "full",
+            "omega_grad": "flow",
+            "reduction": "pair_mean",
+            "recon": "same_step_mean",
+            "pad_hours": "keep",
+            "unusable_patches": "keep",
+        },
+        "modality_dropout": 0.0,
+    },
+}
+
+C = TypeVar("C", PretrainConfig, FinetuneConfig)
+
+
+def load_config(kind: type[C], path: Path, overrides: list[str] | None = None) -> C:
+    """Read a YAML file, apply its preset and `key.path=value` overrides, and validate.
+
+    Raises ConfigError that names the file and every wrong key.
+    """
+    try:
+        body = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path}: expected a mapping")
+    preset = body.pop("preset", "causal")
+    if kind is PretrainConfig:
+        if preset not in PRESETS:
+            raise ConfigError(f"{path}: preset {preset!r} is not one of {', '.join(PRESETS)}")
+        body = _merge(PRESETS[preset], body)
+    elif preset != "causal":
+        raise ConfigError(f"{path}: presets belong to the pre-training configuration")
+    for override in overrides or []:
+        key, eq, value = override.partition("=")
+        if not eq:
+            raise ConfigError(f"override {override!r}: expected key.path=value")
+        nested: Any = yaml.safe_load(value)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        body = _merge(body, nested)
+    try:
+        return kind.model_validate(body)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,132 @@
+"""Metrics, each defined once, with confidence intervals by bootstrap over patients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+Floats = NDArray[np.floating]
+
+
+def auroc(y: Floats, p: Floats) -> float:
+    """Area under the ROC curve, ties count half; NaN when only one class is there."""
+    return float(roc_auc_score(y, p)) if 0 < y.mean() < 1 else float("nan")
+
+
+def auprc(y: Floats, p: Floats) -> float:
+    """Average precision, no interpolation; NaN when only one class is there."""
+    return float(average_precision_score(y, p)) if 0 < y.mean() < 1 else float("nan")
+
+
+def brier(y: Floats, p: Floats) -> float:
+    """Mean squared error of the probabilities."""
+    return float(np.mean((p - y) ** 2))
+
+
+def calibration_error(y: Floats, p: Floats, bins: int = 10) -> float:
+    """Expected calibration error over bins of equal count: weighted |observed - mean predicted|."""
+    parts = np.array_split(np.argsort(p, kind="stable"), bins)
+    gaps = [len(i) * abs(y[i].mean() - p[i].mean()) for i in parts if len(i)]
+    return float(np.sum(gaps) / len(p))
+
+
+def calibration_line(y: Floats, p: Floats) -> tuple[float, float]:
+    """Intercept and slope of the logistic recalibration line of y on logit(p); ideal is (0, 1)."""
+    slope, intercept = fit_platt(np.log(np.clip(p, 1e-7, 1 - 1e-7) / np.clip(1 - p, 1e-7, 1)), y)
+    return intercept, slope
+
+
+def physionet_s1(y: Floats, p: Floats, threshold: float) -> float:
+    """Event 1 of the 2012 challenge: min(sensitivity, precision) when p >= threshold is positive."""
+    positive = p >= threshold
+    hits = float((positive & (y == 1)).sum())
+    return min(hits / max(float((y == 1).sum()), 1), hits / max(float(positive.sum()), 1))
+
+
+def s1_threshold(y: Floats, p: Floats) -> float:
+    """The threshold with the best Event 1 score; choose it on training data only."""
+    order = np.argsort(-p, kind="stable")
+    hits = np.cumsum(y[order])
+    score = np.minimum(hits / max(float(y.sum()), 1), hits / np.arange(1, len(p) + 1))
+    # A threshold calls all of its ties: only the last of equal risks is a possible cut.
+    last_of_tie = np.append(p[order][1:] != p[order][:-1], True)
+    return float(p[order][np.argmax(np.where(last_of_tie, score, -1))])
+
+
+def physionet_h(y: Floats, p: Floats, ids: NDArray[Any] | None = None) -> float:
+    """Event 2 of the 2012 challenge: Hosmer-Lemeshow H' over ten groups, divided by D.
+
+    Ties in p are ordered by `ids`. Ten groups of floor(N / 10); the remainder is left out, as in the
+    official scorer. Infinite when the last group's mean risk does not exceed the first's.
+    """
+    order = np.lexsort((np.arange(len(p)) if ids is None else ids, p))
+    size = len(p) // 10
+    groups = order[: 10 * size].reshape(10, size)
+    risk, deaths = p[groups].mean(1), y[groups].sum(1)
+    h = ((deaths - size * risk) ** 2 / (size * risk * (1 - risk) + 0.001)).sum()
+    d = risk[-1] - risk[0]
+    return float(h / d) if d > 0 else float("inf")
+
+
+def rmse(y: Floats, p: Floats) -> float:
+    """Root mean squared error."""
+    return float(np.sqrt(np.mean((y - p) ** 2)))
+
+
+def mae(y: Floats, p: Floats) -> float:
+    """Mean absolute error."""
+    return float(np.mean(np.abs(y - p)))
+
+
+def r2(y: Floats, p: Floats) -> float:
+    """Coefficient of determination against the mean of the given targets."""
+    return float(1 - np.sum((y - p) ** 2) / np.sum((y - y.mean()) ** 2))
+
+
+def fit_platt(logit: Floats, y: Floats) -> tuple[float, float]:
+    """a, b of sigmoid(a x + b) by maximum likelihood (Newton steps), with Platt's smoothed targets.
+
+    y may be soft. Returns (1, 0) when only one class is there.
+    """
+    x, y = np.asarray(logit, np.float64), np.asarray(y, np.float64)
+    positive, negative = y.sum(), (1 - y).sum()
+    if positive == 0 or negative == 0:
+        return 1.0, 0.0
+    target = y * (positive + 1) / (positive + 2) + (1 - y) / (negative + 2)
+    design = np.stack([x, np.ones_like(x)], axis=1)
+    w = np.array([1.0, 0.0])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-np.clip(design @ w, -50, 50)))
+        gradient = design.T @ (p - target)
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-9 * np.eye(2)
+        move = np.linalg.solve(hessian, gradient)
+        w -= move
+        if np.abs(move).max() < 1e-10:
+            break
+    return float(w[0]), float(w[1])
+
+
+def bootstrap(
+    metric: Callable[..., float],
+    patients: NDArray[Any],
+    *columns: Floats,
+    repeats: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % percentile interval of `metric(*columns)`, resampling patients with all their rows."""
+    _, patient = np.unique(patients, return_inverse=True)
+    n = patient.max() + 1
+    order = np.argsort(patient, kind="stable")
+    starts = np.searchsorted(patient[order], np.arange(n + 1))
+    rows_of = [order[starts[i] : starts[i + 1]] for i in range(n)]
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(repeats):
+        rows = np.concatenate([rows_of[i] for i in rng.integers(0, n, n)])
+        values.append(metric(*(c[rows] for c in columns)))
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
