@@ -9,7 +9,7 @@ from typing import Literal
 from llm4ehr.episode import MAX_HOURS
 from service.core import EpisodeView
 
-WithheldReason = Literal["no-data", "stale-data", "scoring-disabled"]
+WithheldReason = Literal["no-data", "stale-data", "scoring-disabled", "not-computed"]
 HourProblem = Literal["hour-out-of-range", "hour-in-the-future"]
 
 _HOUR = timedelta(hours=1)
@@ -69,12 +69,19 @@ def withheld(
     newest = view.newest_data_at(hour)
     if newest is None:
         return "no-data"
-    at = view.hour_end(hour)
     if hour >= view.head_hour:
-        at = now if view.discharged_at is None else min(now, view.discharged_at)
-    if staleness_limit is not None and at - newest > staleness_limit:
-        return "stale-data"
-    return None
+        stale = is_stale(newest, view.discharged_at, now, staleness_limit)
+    else:
+        stale = is_stale(newest, None, view.hour_end(hour), staleness_limit)
+    return "stale-data" if stale else None
+
+
+def is_stale(
+    newest: datetime, discharged_at: datetime | None, now: datetime, limit: timedelta | None
+) -> bool:
+    """Whether the newest data is too old to speak for the present, or for the end of the stay."""
+    at = now if discharged_at is None else min(now, discharged_at)
+    return limit is not None and at - newest > limit
 
 
 def data_age_hours(view: EpisodeView, hour: int) -> float | None:

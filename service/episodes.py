@@ -108,7 +108,10 @@ class EpisodeService:
         return state.view
 
     async def delete(self, episode_id: str) -> None:
-        """Mark as deleted; doing so again changes nothing. Raises UnknownEpisode, LogUnavailable."""
+        """Mark as deleted; doing so again changes nothing.
+
+        Raises UnknownEpisode, LogUnavailable.
+        """
         await self._write(episode_id, lambda state, now: decisions.delete(state))
 
     async def view(
@@ -149,7 +152,7 @@ class EpisodeService:
             raise UnknownEpisode
         if exact:
             return await self.live.of_past(state, view, n_hours)
-        return await self.live.newest(state, view.seq, n_hours)
+        return await self.live.newest(state, n_hours)
 
     async def _load(self, episode_id: str, *, evict: bool = True) -> EpisodeState | None:
         """The state of an episode, from memory or from the log; None if there is no such one."""

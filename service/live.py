@@ -20,6 +20,9 @@ _logger = logging.getLogger(__name__)
 _ENGINE_PAUSE_S = 0.05
 _LOG_PAUSE_S = 1.0
 
+# How often a reader may be overtaken by writers of the same episode before it is sent away.
+_MAX_TRIES = 20
+
 
 class Load(Protocol):
     """Loads an episode's state; without `evict` it makes nothing else leave the memory."""
@@ -58,6 +61,7 @@ class LiveScores:
     def start(self) -> None:
         """Begin to read what is in the log and to score the open stays, newest activity first."""
         self._task = asyncio.create_task(self._catch_up())
+        self._task.add_done_callback(_report)
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -96,23 +100,27 @@ class LiveScores:
                 self._behind[view.episode_id] = None
                 self._wake.set()
 
-    async def newest(self, state: EpisodeState, seq: int, n_hours: int) -> Scored:
-        """Scores of entry `seq` or a later one, for at least `n_hours` hours. Raises Overloaded."""
-        while True:
+    async def newest(self, state: EpisodeState, n_hours: int) -> Scored:
+        """Scores of the state's last entry or a later one, for at least `n_hours` hours.
+
+        Raises Overloaded, LogUnavailable, and whatever the engine fails with.
+        """
+        seq = state.seq
+        for _ in range(_MAX_TRIES):
             scored = state.scored
             if scored and scored.view.seq >= seq and len(scored.scores.hours) >= n_hours:
                 return scored
             pending = self._submissions.get(state.episode_id)
-            if (
-                pending is None
-                or pending.view is not state.view
-                or pending.n_hours < n_hours
-                or pending.future.done()
-            ):
+            if pending is None or pending.view.seq < state.seq or pending.n_hours < n_hours:
                 pending = self._submit(state, n_hours)
             await asyncio.wait([pending.future])
-            if not pending.future.cancelled() and pending.view is state.view:
-                pending.future.result()  # raises what the engine raised
+            if not pending.future.cancelled():
+                scores = pending.future.result()
+                if scores.seq == pending.view.seq:
+                    return Scored(view=pending.view, scores=scores)
+            # Overtaken by a newer entry: its scores will do as well.
+            state = await self._load(state.episode_id) or state
+        raise Overloaded
 
     async def of_past(self, state: EpisodeState, view: EpisodeView, n_hours: int) -> Scored:
         """Scores of exactly this view. Raises Overloaded."""
@@ -148,7 +156,8 @@ class LiveScores:
             len(kept.scores.hours),
         ):
             state.scored = Scored(view=view, scores=scores)
-            self.note(state)
+            if view.episode_id in self._summaries:  # not deleted meanwhile
+                self.note(state)
 
     async def _catch_up(self) -> None:
         """Score every open stay once after a start, then those the engine had no room for."""
@@ -188,3 +197,9 @@ class LiveScores:
                 await asyncio.sleep(_ENGINE_PAUSE_S)
             except LogUnavailable:
                 await asyncio.sleep(_LOG_PAUSE_S)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Without this a failure would stay unseen: nobody waits for the catch-up."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _logger.error("the catch-up failed: %s", type(error).__name__)

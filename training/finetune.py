@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +105,7 @@ def selection_score(task: Task, outputs: dict[str, NDArray[np.float32]]) -> floa
 
 def finetune(config: FinetuneConfig) -> Network:
     """Run (or resume) a fine-tuning; the best epoch on the validation fold is kept."""
-    run = RunFolder(config.run, config)
+    run = RunFolder(config.run, "finetune", config)
     torch.manual_seed(config.seed)
     network = with_heads(load_network(config.pretrained), config)
     model = network.model.to(device())
@@ -153,8 +154,19 @@ def finetune(config: FinetuneConfig) -> Network:
     if len(held_out):
         model.load_state_dict(load_file(best_file))
     save_network(config.run, network)
+    (config.run / "pretrained.json").write_text(
+        json.dumps(
+            {
+                "config": json.loads((config.pretrained / "pretrain.json").read_text()),
+                "result": json.loads((config.pretrained / "result.json").read_text()),
+            },
+            indent=2,
+        )
+    )
     run.finish(
         {
+            "licences": {store.info.source: store.info.licence for store, _ in sources},
+            "label_notes": {k: v for store, _ in sources for k, v in store.info.label_notes.items()},
             "episodes": len(train),
             "validation_episodes": len(held_out),
             "steps": trainer.step,

@@ -55,13 +55,14 @@ def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
 
 
 class RunFolder:
-    """A run's directory: resolved config, environment, metrics log, TensorBoard, checkpoint."""
+    """A run's directory: resolved config as `<kind>.json`, environment, metrics log, TensorBoard,
+    checkpoint, and in the end the network and the result."""
 
-    def __init__(self, path: Path, config: Strict) -> None:
+    def __init__(self, path: Path, kind: str, config: Strict) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         resolved = config.model_dump(mode="json")
-        existing = path / "config.json"
+        existing = path / f"{kind}.json"
         if existing.exists() and json.loads(existing.read_text()) != resolved:
             raise FileExistsError(
                 f"{path} holds a run with another configuration; choose another `run`"

@@ -112,7 +112,7 @@ def usable_patches(model: LLM4EHR, batch: Batch, n_patches: int) -> Tensor:
 
 def pretrain(config: PretrainConfig) -> Network:
     """Run (or resume) a pre-training; leaves the network in the run folder."""
-    run = RunFolder(config.run, config)
+    run = RunFolder(config.run, "pretrain", config)
     torch.manual_seed(config.seed)
     sources = open_sources(config.data.sources, training=True)
     preprocessing, vocabulary = fit_preprocessing(
@@ -144,7 +144,7 @@ def pretrain(config: PretrainConfig) -> Network:
             "hours": int(features.lengths[chosen].sum()),
             "steps": trainer.step,
             "preprocessing_digest": network.preprocessing_digest,
-            "data": [store.info.source for store, _ in sources],
+            "licences": {store.info.source: store.info.licence for store, _ in sources},
         }
     )
     return network

@@ -1,0 +1,133 @@
+"""Command line of the service: serve | score | replay."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+from pydantic import ValidationError
+
+from llm4ehr.bundle import BundleError, load_bundle
+from llm4ehr.store import StoreError
+from service.batch import score_store
+from service.log.base import LogUnavailable
+from service.replay import replay
+from service.runtime import build_app
+from service.settings import Settings
+
+DEMO_STORE = Path(__file__).parent / "demo" / "store"
+
+_DEMO_NOTICE = """\
+DEMO: a dozen stays of PhysioNet 2012 (ODC-BY 1.0) are replayed, their clock compressed; the log is
+temporary and no score is withheld as stale. For research only, not a medical device.
+  curl -s {url}/episodes?sort=risk
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. What a user can mend is one line, no traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    a = _parser().parse_args(argv)
+    try:
+        a.run_command(a)
+    except (BundleError, StoreError, LogUnavailable, ValidationError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(a: argparse.Namespace) -> None:
+    if not a.demo:
+        _run(Settings())
+        return
+    with tempfile.TemporaryDirectory(prefix="llm4ehr-demo-") as folder:
+        settings = Settings(log_path=Path(folder) / "log.sqlite", staleness_limit_hours=None)
+        url = f"http://{settings.host}:{settings.port}"
+        threading.Thread(
+            target=_replay_when_ready, args=(url, a.seconds_per_hour), daemon=True
+        ).start()
+        print(_DEMO_NOTICE.format(url=url), flush=True)
+        _run(settings)
+
+
+def _run(settings: Settings) -> None:
+    uvicorn.run(
+        build_app(settings),
+        host=settings.host,
+        port=settings.port,
+        # Request lines name episodes; metrics count requests without naming anybody.
+        access_log=False,
+        timeout_graceful_shutdown=20,
+    )
+
+
+def _replay_when_ready(url: str, seconds_per_hour: float) -> None:
+    """Replay in a process of its own, so that the demo's client does not slow its service."""
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=1):
+                break
+        except OSError:
+            time.sleep(0.1)
+    subprocess.run(
+        [sys.executable, "-m", "service", "replay", "--data", str(DEMO_STORE), "--url", url]
+        + ["--seconds-per-hour", str(seconds_per_hour)],
+        check=False,
+    )
+
+
+def _score(a: argparse.Namespace) -> None:
+    name, _, version = (a.bundle or Settings().bundle).partition("/")
+    if not version.isdigit():
+        raise ValueError("--bundle is NAME/VERSION")
+    bundle = load_bundle(a.repository or Settings().model_repository, name, int(version))
+    n_rows = score_store(a.data, a.out, bundle, embeddings=a.embeddings)
+    print(f"{n_rows} episode-hours -> {a.out}")
+
+
+def _replay(a: argparse.Namespace) -> None:
+    replay(
+        a.data,
+        a.url.rstrip("/"),
+        seconds_per_hour=a.seconds_per_hour,
+        head_start_hours=a.head_start_hours,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    serve = commands.add_parser("serve", help="run the HTTP service; settings are LLM4EHR_*")
+    serve.add_argument("--demo", action="store_true", help="replay a dozen real stays into it")
+    serve.add_argument("--seconds-per-hour", type=float, default=5.0, help="pace of the demo")
+    serve.set_defaults(run_command=_serve)
+
+    score = commands.add_parser("score", help="score every hour of an episode store")
+    score.add_argument("--data", type=Path, required=True, help="episode store")
+    score.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    score.add_argument("--bundle", help="NAME/VERSION; default: the service's")
+    score.add_argument("--repository", type=Path, help="folder of bundles")
+    score.add_argument("--embeddings", action="store_true", help="add the hidden states")
+    score.set_defaults(run_command=_score)
+
+    again = commands.add_parser("replay", help="replay an episode store into a running service")
+    again.add_argument("--data", type=Path, default=DEMO_STORE, help="episode store")
+    again.add_argument("--url", default="http://127.0.0.1:8000")
+    again.add_argument("--seconds-per-hour", type=float, default=5.0)
+    again.add_argument("--head-start-hours", type=int, default=6, help="hours sent at once")
+    again.set_defaults(run_command=_replay)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

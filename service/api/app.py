@@ -1,0 +1,96 @@
+"""The FastAPI application, put together from its parts. Nothing is global."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from llm4ehr import __version__
+from service.api import embeddings, episodes, observations, oip, openapi, problems, risk
+from service.api.deps import Context
+from service.api.metrics import Metrics, Observe
+from service.core import Engine
+from service.episodes import EpisodeService
+from service.ingest import EventVocabulary
+from service.log.base import EventLog
+from service.settings import Settings
+
+_DESCRIPTION = """\
+Risk of deterioration, mortality, phenotypes and remaining length of stay for every hour of an
+ICU stay, from observations and events as they come: late, corrected, withdrawn, out of order.
+
+Times are RFC 3339 with an offset from UTC. Hours count from ICU admission: hour *t* is
+[*t*, *t* + 1). What a 2xx acknowledges is durable. Errors are RFC 9457 problem details.
+"""
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dependencies:
+    """What the app is built on. It closes the log when it shuts down, and nothing else."""
+
+    log: EventLog
+    engine: Engine
+    vocabulary: EventVocabulary
+    clock: Callable[[], datetime] = _utc_now
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    """Where the instruments are registered; the engine may share it."""
+
+
+def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
+    """An application that answers once its lifespan has begun.
+
+    Raises ValueError for a bundle that reads later hours to score earlier ones.
+    """
+    if not deps.engine.bundle.causal:
+        raise ValueError("the bundle is not causal: it cannot score a stay as it happens")
+    metrics = Metrics(deps.registry, deps.engine.bundle)
+    service = EpisodeService(
+        log=deps.log,
+        engine=deps.engine,
+        vocabulary=deps.vocabulary,
+        settings=settings,
+        clock=deps.clock,
+        on_commit=metrics.commit_seconds.observe,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+            await deps.log.close()
+
+    app = FastAPI(
+        title="LLM4EHR",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.context = Context(
+        settings=settings,
+        service=service,
+        engine=deps.engine,
+        log=deps.log,
+        metrics=metrics,
+        clock=deps.clock,
+    )
+    routers = [module.router for module in (observations, risk, embeddings, episodes, oip)]
+    for router in routers:
+        app.include_router(router)
+    app.add_api_route("/metrics", metrics.render, include_in_schema=False)
+    app.add_middleware(Observe, metrics=metrics)
+    problems.install(app)
+    openapi.install(app, routers)
+    return app

@@ -1,0 +1,44 @@
+"""What the routes share: the service behind them and the shapes of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import Depends, Path, Request
+
+from service.api.metrics import Metrics
+from service.core import Engine
+from service.episodes import EpisodeService
+from service.log.base import EventLog
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Everything a route may use; one for each app."""
+
+    settings: Settings
+    service: EpisodeService
+    engine: Engine
+    log: EventLog
+    metrics: Metrics
+    clock: Callable[[], datetime]
+
+
+def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+ContextDep = Annotated[Context, Depends(_context)]
+EpisodeId = Annotated[
+    str,
+    Path(
+        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
+        description="The client's opaque id of an ICU stay",
+        examples=["icu-2041"],
+    ),
+]

@@ -1,0 +1,54 @@
+"""GET /episodes/{id}/embeddings: the hidden state of the model after each hour."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from service.api import examples, problems
+from service.api.deps import ContextDep, EpisodeId
+from service.api.hours import answer
+from service.api.openapi import example
+from service.api.schemas import EmbeddingsOut, HoursQuery
+from service.core import Scores
+
+router = APIRouter(tags=["scores"])
+
+
+@router.get(
+    "/episodes/{episode_id}/embeddings",
+    operation_id="getEmbeddings",
+    summary="Embedding of the latest hour, of one hour, or of a range",
+    response_model=EmbeddingsOut,
+    responses={
+        200: example(examples.EMBEDDINGS),
+        304: {"description": "Nothing has changed since the entity tag in If-None-Match"},
+        **problems.documented(
+            "episode-unknown",
+            "seq-not-reached",
+            "episode-deleted",
+            "episode-id-invalid",
+            "invalid-request",
+            "hour-out-of-range",
+            "hour-in-the-future",
+            "log-unavailable",
+            "overloaded",
+        ),
+    },
+)
+async def get_embeddings(
+    request: Request,
+    context: ContextDep,
+    episode_id: EpisodeId,
+    query: Annotated[HoursQuery, Query()],
+) -> Response:
+    """The state of the stay at the end of each hour, as the model's heads read it. Hours are
+    selected, and withheld, as for the risk.
+    """
+    return await answer(context, request, episode_id, query, _embedding)
+
+
+def _embedding(scores: Scores | None, hour: int) -> dict[str, Any]:
+    return {"embedding": None if scores is None else scores.embeddings[hour].tolist()}

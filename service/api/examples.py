@@ -1,0 +1,163 @@
+"""One stay, told through the worked examples of the API description."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_EPISODE = "icu-2041"
+_MODEL: dict[str, Any] = {
+    "model": "llm4ehr",
+    "version": "1",
+    "digest": "9f2c41d8a1b7c3e05d6f8091a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d5",
+    "preprocessing_digest": "41d8a1b7c3e05d6f8091a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d59f2c",
+}
+_HOUR: dict[str, Any] = {
+    "hour": 1,
+    "hour_start": "2026-03-01T09:00:00Z",
+    "hour_end": "2026-03-01T10:00:00Z",
+    "status": "preliminary",
+    "imputed_share": 0.727,
+    "data_age_hours": 0.75,
+    "score_withheld": None,
+}
+_PROVENANCE: dict[str, Any] = {
+    **_MODEL,
+    "seq": 4,
+    "as_of": None,
+    "newest_data_at": "2026-03-01T09:15:00Z",
+}
+
+POST_REQUEST: dict[str, Any] = {
+    "admitted_at": "2026-03-01T08:00:00Z",
+    "statics": {"age_years": 67, "sex": "female", "unit_type": "medical"},
+    "observations": [
+        {"id": "mon-1", "variable": "hr", "value": 92, "time": "2026-03-01T08:05:00Z"},
+        {
+            "id": "mon-2",
+            "code": "8480-6",
+            "system": "http://loinc.org",
+            "value": 15.2,
+            "unit": "kPa",
+            "time": "2026-03-01T09:15:00Z",
+        },
+        {"id": "mon-3", "variable": "glucose", "value": 7.1, "time": "2026-03-01T09:15:00Z"},
+    ],
+    "events": [
+        {
+            "id": "lab-1",
+            "code": "2160-0",
+            "system": "http://loinc.org",
+            "display": "Creatinine",
+            "value": 1.4,
+            "unit": "mg/dL",
+            "time": "2026-03-01T08:40:00Z",
+            "available_at": "2026-03-01T09:10:00Z",
+        }
+    ],
+}
+POST_CORRECTION: dict[str, Any] = {
+    "observations": [
+        {
+            "id": "mon-1b",
+            "corrects": "mon-1",
+            "variable": "hr",
+            "value": 29,
+            "time": "2026-03-01T08:05:00Z",
+        }
+    ],
+    "withdrawals": [{"withdraws": "lab-1"}],
+}
+
+
+def _item(list_: str, index: int, status: str, item_id: str, seq: int | None) -> dict[str, Any]:
+    return {
+        "list": list_,
+        "index": index,
+        "status": status,
+        "item_id": item_id,
+        "seq": seq,
+        "flags": [],
+    }
+
+
+POST_ANSWER: dict[str, Any] = {
+    "episode_id": _EPISODE,
+    "seq": 4,
+    "admission": "created",
+    "accepted": 3,
+    "duplicates": 0,
+    "rejected": 1,
+    "items": [
+        _item("observations", 0, "accepted", "mon-1", 2),
+        _item("observations", 1, "accepted", "mon-2", 3),
+        _item("observations", 2, "rejected", "mon-3", None)
+        | {"error": {"type": "unit-missing", "detail": "accepted: mg/dL, mmol/L"}},
+        _item("events", 0, "accepted", "lab-1", 4),
+    ],
+}
+PUT_REQUEST: dict[str, Any] = {
+    "admitted_at": "2026-03-01T08:00:00Z",
+    "statics": {"age_years": 67, "sex": "female", "unit_type": "medical", "weight_kg": 71.5},
+}
+PATCH_DISCHARGE: dict[str, Any] = {"discharged_at": "2026-03-04T11:30:00Z"}
+PATCH_ADMISSION: dict[str, Any] = {
+    "admitted_at": "2026-03-01T07:40:00Z",
+    "statics": {"height_cm": 168},
+}
+EPISODE: dict[str, Any] = {
+    "episode_id": _EPISODE,
+    "seq": 4,
+    "admitted_at": "2026-03-01T08:00:00Z",
+    "discharged_at": None,
+    "updated_at": "2026-03-01T09:16:02.120411Z",
+    "statics": {"age_years": 67, "sex": "female", "unit_type": "medical"},
+    "head_hour": 1,
+    "newest_data_at": "2026-03-01T09:15:00Z",
+    "counts": {"observations": 2, "events": 1, "corrected": 0, "withdrawn": 0},
+    "ignored": {},
+}
+RISK: dict[str, Any] = {
+    "episode_id": _EPISODE,
+    "seq": 4,
+    "score_withheld": None,
+    "hours": [
+        {
+            **_HOUR,
+            "decompensation": 0.0312,
+            "mortality": 0.118,
+            "remaining_los_hours": 92.4,
+            "phenotypes": {"Septicemia (except in labor)": 0.204},
+        }
+    ],
+    "provenance": _PROVENANCE,
+}
+EMBEDDINGS: dict[str, Any] = {
+    "episode_id": _EPISODE,
+    "seq": 4,
+    "score_withheld": None,
+    "hours": [{**_HOUR, "embedding": [0.0127, -0.431, 0.0884]}],
+    "provenance": _PROVENANCE,
+}
+EPISODES: dict[str, Any] = {
+    "episodes": [
+        {
+            "episode_id": _EPISODE,
+            "seq": 4,
+            "admitted_at": "2026-03-01T08:00:00Z",
+            "discharged_at": None,
+            "updated_at": "2026-03-01T09:16:02.120411Z",
+            "newest_data_at": "2026-03-01T09:15:00Z",
+            "hour": 1,
+            "status": "preliminary",
+            "risk": 0.0312,
+            "decompensation": 0.0312,
+            "mortality": 0.118,
+            "remaining_los_hours": 92.4,
+            "scored_seq": 4,
+            "score_withheld": None,
+        }
+    ],
+    "next_cursor": None,
+    "complete": True,
+    "provenance": _MODEL,
+}

@@ -1,0 +1,121 @@
+"""What Prometheus sees. No label carries anything about a patient."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llm4ehr import __version__
+from service.api.problems import Problem
+from service.core import BundleInfo
+from service.ingest import ItemResult
+
+_logger = logging.getLogger(__name__)
+
+_BUCKETS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+
+
+class Metrics:
+    """The instruments of the API, in a registry of their own or one shared with the engine."""
+
+    def __init__(self, registry: CollectorRegistry, bundle: BundleInfo) -> None:
+        self.registry = registry
+        self.http_seconds = Histogram(
+            "llm4ehr_http_request_duration_seconds",
+            "Time from the request's headers to the end of the answer",
+            ["method", "route", "status"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self.observations = Counter(
+            "llm4ehr_observations",
+            "Items received: appended, late, corrected, withdrawn, duplicate, rejected",
+            ["outcome"],
+            registry=registry,
+        )
+        self.rejections = Counter(
+            "llm4ehr_rejections", "Items refused, by reason", ["error"], registry=registry
+        )
+        self.commit_seconds = Histogram(
+            "llm4ehr_ingest_commit_seconds",
+            "Time until an append to the log was durable",
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        Gauge(
+            "llm4ehr_build_info",
+            "Version of the service and of the model it serves",
+            ["version", "model", "model_version", "digest"],
+            registry=registry,
+        ).labels(__version__, bundle.name, bundle.version, bundle.digest).set(1)
+
+    def count(self, result: ItemResult) -> None:
+        """Count one item by what became of it."""
+        self.observations.labels(_outcome(result)).inc()
+        if result.error is not None:
+            self.rejections.labels(result.error.type).inc()
+
+    async def render(self) -> Response:
+        """All instruments in the Prometheus text format."""
+        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class Observe:
+    """ASGI middleware: times every request, and turns a crash into an answer without its text.
+
+    Starlette's own handler would re-raise, and the server would log the exception with whatever
+    value its message quotes.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+        started = time.perf_counter()
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            problem = Problem("internal-error", "see the log of the service")
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            _logger.error("request failed: %s\n%s", type(error).__name__, frames)
+            if status == 0:
+                await problem.response(scope["path"])(scope, receive, watch)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            # The method is the client's word: left alone it would make labels without end.
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.http_seconds.labels(method, route, str(status)).observe(
+                time.perf_counter() - started
+            )
+
+
+def _outcome(result: ItemResult) -> str:
+    if result.status != "accepted":
+        return result.status
+    if result.list == "withdrawals":
+        return "withdrawn"
+    if result.target is not None:
+        return "corrected"
+    return "late" if result.late else "appended"

@@ -1,0 +1,197 @@
+"""Errors as RFC 9457 problem details. The types are part of the API; nothing repeats a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from service.answers import HourError
+from service.api.schemas import ItemResultOut
+from service.core import Overloaded
+from service.decisions import DeletedEpisode, NothingAccepted, Refused, UnknownEpisode
+from service.episodes import SeqNotReached
+from service.log.base import LogUnavailable
+
+MEDIA_TYPE = "application/problem+json"
+
+# name: (status, title)
+PROBLEMS: dict[str, tuple[int, str]] = {
+    "malformed-json": (400, "The body is not JSON"),
+    "not-found": (404, "There is nothing here"),
+    "episode-unknown": (404, "No such episode"),
+    "method-not-allowed": (405, "The method is not allowed here"),
+    "seq-not-reached": (409, "The log does not hold that entry yet"),
+    "episode-deleted": (410, "The episode was deleted"),
+    "body-too-large": (413, "The body is too large"),
+    "too-many-items": (413, "Too many items in one request"),
+    "unsupported-media-type": (415, "The body must be application/json"),
+    "invalid-request": (422, "The request is not valid"),
+    "episode-id-invalid": (422, "The episode id is not valid"),
+    "admission-missing": (422, "The admission time is missing"),
+    "all-items-rejected": (422, "Every item was refused; nothing was recorded"),
+    "hour-out-of-range": (422, "The episode has no such hour"),
+    "hour-in-the-future": (422, "The hour has not begun"),
+    "internal-error": (500, "The service failed"),
+    "log-unavailable": (503, "The log is unavailable; nothing was recorded"),
+    "overloaded": (503, "The engine is overloaded"),
+}
+
+LOG_RETRY_AFTER_S = 5
+
+
+@dataclass(slots=True)
+class Problem(Exception):
+    """An answer that is a problem."""
+
+    name: str
+    detail: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def response(self, path: str) -> Response:
+        """As problem details; below /v2 in the form of the Open Inference Protocol."""
+        status, title = PROBLEMS[self.name]
+        headers = dict(self.headers)
+        if path == "/v2" or path.startswith("/v2/"):
+            return JSONResponse({"error": self.detail or title}, status, headers)
+        body = {
+            "type": f"/problems/{self.name}",
+            "title": title,
+            "status": status,
+            "detail": self.detail or title,
+            # Names this occurrence; the path would carry the episode's id.
+            "instance": uuid4().urn,
+            **self.extra,
+        }
+        return JSONResponse(body, status, headers, media_type=MEDIA_TYPE)
+
+
+def as_problem(error: Exception) -> Problem:
+    """The one table from errors to problems."""
+    match error:
+        case Problem():
+            return error
+        case UnknownEpisode():
+            return Problem("episode-unknown", "no such episode, or not at the time asked about")
+        case DeletedEpisode():
+            return Problem("episode-deleted", "read it as of an earlier time with as_of")
+        case SeqNotReached():
+            return Problem("seq-not-reached")
+        case HourError():
+            return Problem(error.problem, str(error))
+        case Refused():
+            item = {"path": error.path, "type": error.type, "detail": error.detail}
+            return Problem("invalid-request", error.detail, extra={"errors": [item]})
+        case NothingAccepted():
+            items = [ItemResultOut.of(result, None) for result in error.results]
+            return Problem("all-items-rejected", extra={"items": items})
+        case LogUnavailable():
+            return Problem("log-unavailable", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
+        case Overloaded():
+            return Problem("overloaded", headers={"Retry-After": str(error.retry_after_s)})
+        case RequestValidationError():
+            return _invalid_parameters(error)
+        case HTTPException(status_code=404):
+            return Problem("not-found")
+        case HTTPException(status_code=405):
+            return Problem("method-not-allowed", headers=error.headers or {})
+        case _:
+            return Problem("internal-error", "quote the instance when reporting this")
+
+
+def invalid(errors: list[ErrorDetails], *, where: str = "") -> Problem:
+    """A problem that lists what is wrong, field by field, without repeating what was sent."""
+    items = [
+        {"path": where + _path(error), "type": _type(error), "detail": _detail(error)}
+        for error in errors
+    ]
+    return Problem("invalid-request", "see `errors`", extra={"errors": items})
+
+
+def install(app: FastAPI) -> None:
+    """Answer every foreseen error as a problem. The unforeseen ones are the middleware's."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        return as_problem(error).response(request.url.path)
+
+    for kind in (
+        Problem,
+        UnknownEpisode,
+        DeletedEpisode,
+        SeqNotReached,
+        HourError,
+        Refused,
+        NothingAccepted,
+        LogUnavailable,
+        Overloaded,
+        RequestValidationError,
+        HTTPException,
+    ):
+        app.add_exception_handler(kind, handle)
+
+
+def documented(*names: str) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route in OpenAPI, with an example of each problem."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for name in names:
+        status, title = PROBLEMS[name]
+        response = responses.setdefault(
+            status,
+            {
+                "description": title,
+                "content": {
+                    MEDIA_TYPE: {
+                        "schema": {"$ref": "#/components/schemas/ProblemOut"},
+                        "examples": {},
+                    }
+                },
+            },
+        )
+        response["content"][MEDIA_TYPE]["examples"][name] = {
+            "summary": title,
+            "value": {
+                "type": f"/problems/{name}",
+                "title": title,
+                "status": status,
+                "detail": title,
+                "instance": "urn:uuid:5f0c7c1e-8d0e-4f44-9d0a-0e6a2b8f6a51",
+            },
+        }
+    return responses
+
+
+def _invalid_parameters(error: RequestValidationError) -> Problem:
+    errors: list[ErrorDetails] = list(error.errors())
+    if any(e["loc"][:2] == ("path", "episode_id") for e in errors):
+        return Problem(
+            "episode-id-invalid", "1 to 128 letters, digits and . _ : - are an episode id"
+        )
+    return invalid(errors)
+
+
+def _path(error: ErrorDetails) -> str:
+    """JSON pointer to the field; to its parent if the client invented the name."""
+    loc = error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"]
+    return "".join(f"/{part}" for part in loc)
+
+
+def _type(error: ErrorDetails) -> str:
+    return (
+        "unknown-field" if error["type"] == "extra_forbidden" else error["type"].replace("_", "-")
+    )
+
+
+def _detail(error: ErrorDetails) -> str:
+    return (
+        "there is a field the API does not know"
+        if _type(error) == "unknown-field"
+        else error["msg"]
+    )

@@ -1,0 +1,70 @@
+"""GET /episodes/{id}/risk: what the model says, hour by hour."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from service.api import examples, problems
+from service.api.deps import ContextDep, EpisodeId
+from service.api.hours import answer
+from service.api.openapi import example
+from service.api.schemas import HoursQuery, RiskOut
+from service.core import Scores
+
+router = APIRouter(tags=["scores"])
+
+
+@router.get(
+    "/episodes/{episode_id}/risk",
+    operation_id="getRisk",
+    summary="Risk of the latest hour, of one hour, or of a range",
+    response_model=RiskOut,
+    responses={
+        200: example(examples.RISK),
+        304: {"description": "Nothing has changed since the entity tag in If-None-Match"},
+        **problems.documented(
+            "episode-unknown",
+            "seq-not-reached",
+            "episode-deleted",
+            "episode-id-invalid",
+            "invalid-request",
+            "hour-out-of-range",
+            "hour-in-the-future",
+            "log-unavailable",
+            "overloaded",
+        ),
+    },
+)
+async def get_risk(
+    request: Request,
+    context: ContextDep,
+    episode_id: EpisodeId,
+    query: Annotated[HoursQuery, Query()],
+) -> Response:
+    """The probability of decompensation in the next 24 hours and of death in hospital, the
+    remaining length of stay in hours and the probability of each phenotype, with their provenance.
+
+    The answer includes everything that was acknowledged before. A score that the data does not
+    support is null, and `score_withheld` says why.
+    """
+    return await answer(context, request, episode_id, query, _risk)
+
+
+def _risk(scores: Scores | None, hour: int) -> dict[str, Any]:
+    if scores is None:
+        return {
+            "decompensation": None,
+            "mortality": None,
+            "remaining_los_hours": None,
+            "phenotypes": {},
+        }
+    score = scores.hours[hour]
+    return {
+        "decompensation": score.decompensation,
+        "mortality": score.mortality,
+        "remaining_los_hours": score.remaining_los_hours,
+        "phenotypes": score.phenotypes,
+    }

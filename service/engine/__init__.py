@@ -1,0 +1,1 @@
+"""The online engine: one forward pass for many stays, each at its own hour."""

@@ -1,0 +1,1 @@
+"""Backends of the engine: where a tick is computed."""

@@ -1,0 +1,100 @@
+"""Ticks in plain PyTorch on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llm4ehr.bundle import Network
+from service.engine.backends.base import TickResult
+from service.engine.backends.slot_attention import ATTENTION, SlotCache
+
+
+class RowDependenceError(RuntimeError):
+    """On this machine the result of a row depends on the rows beside it."""
+
+
+class TorchCpuBackend:
+    """Every tick has the same number of rows, real ones first, so that the maths library always sees
+    the same shapes: many of its kernels round differently for a few rows than for many.
+    """
+
+    def __init__(self, network: Network, *, n_slots: int, max_rows: int) -> None:
+        if not network.causal:
+            raise ValueError("this network reads later hours and cannot be streamed")
+        # A copy: the attention implementation is a property of the backbone's config.
+        self._model = copy.deepcopy(network.model).eval()
+        self._model.backbone.model.set_attn_implementation(ATTENTION)
+        self.n_slots = n_slots
+        self.max_rows = max_rows
+        self._cache = SlotCache(
+            **kv_shape(network), n_slots=n_slots, positions=network.preprocessing.max_hours
+        )
+
+    @torch.inference_mode()
+    def tick(
+        self,
+        series: NDArray[np.float32],
+        events: NDArray[np.float32],
+        slots: Sequence[int],
+        positions: Sequence[int],
+    ) -> TickResult:
+        """See `Backend.tick`."""
+        n = len(series)
+        hours = self._cache.begin_tick(list(slots), list(positions), self.max_rows)
+        v = self._model.encode_hours(
+            self._filled(series), self._filled(events), None, hours, self._cache
+        )
+        outputs = self._model.predict(v)
+        return TickResult(
+            raw={task: out[:n, 0].numpy().copy() for task, out in outputs.items()},
+            hidden=v[:n, 0].numpy().copy(),
+        )
+
+    def verify_rows(self) -> None:
+        """Check on this very machine that a row does not depend on its neighbours, slot or turn.
+
+        Raises RowDependenceError. Overwrites the first slots: call before they are used.
+        """
+        config = self._model.config
+        rng = np.random.default_rng(0)
+        n = min(self.max_rows, self.n_slots, 8)
+        series = rng.standard_normal((n, config.n_series)).astype(np.float32)
+        events = rng.standard_normal((n, config.n_event_channels)).astype(np.float32)
+        together = self.tick(series, events, range(n), [0] * n).hidden
+        for i in range(n):
+            j = n - 1 - i
+            alone = self.tick(series[i : i + 1], events[i : i + 1], [j], [0]).hidden
+            if not np.array_equal(alone[0], together[i]):
+                raise RowDependenceError(
+                    "on this machine a row's result depends on the rows beside it; "
+                    "set LLM4EHR_ENGINE_ROWS=1"
+                )
+
+    def _filled(self, rows: NDArray[np.float32]) -> torch.Tensor:
+        out = torch.zeros(self.max_rows, 1, rows.shape[1])
+        out[: len(rows), 0] = torch.from_numpy(rows)
+        return out
+
+
+def kv_shape(network: Network) -> dict[str, int]:
+    """Layers, key-value heads and head size of the backbone."""
+    config = network.model.backbone.model.config
+    heads = int(config.num_attention_heads)
+    return {
+        "n_layers": int(config.num_hidden_layers),
+        "n_kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+        "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+    }
+
+
+def slots_for(network: Network, memory_bytes: int) -> int:
+    """How many slots fit into a memory budget; at least one."""
+    shape = kv_shape(network)
+    per_slot = 2 * 4 * network.preprocessing.max_hours
+    per_slot *= shape["n_layers"] * shape["n_kv_heads"] * shape["head_dim"]
+    return max(memory_bytes // per_slot, 1)

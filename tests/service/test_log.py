@@ -1,0 +1,305 @@
+"""The log: what it acknowledges is durable, numbered, and never changes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import apsw
+import pytest
+
+from service.core import Draft
+from service.log import LogUnavailable, SequenceConflict, SqliteLog, sqlite
+from tests.service.fakes import T0, at
+
+pytestmark = pytest.mark.anyio
+
+ADMISSION = Draft(kind="admission", payload={"admitted_at": "2026-03-01T08:00:00Z", "statics": {}})
+
+
+def note(item_id: str | None = None, text: str = "x") -> Draft:
+    return Draft(
+        kind="observation",
+        item_id=item_id,
+        effective_at=at(0.123456789),
+        available_at=at(0.5),
+        target="t",
+        payload={"text": text, "value": 0.1 + 0.2, "unicode": "µ\u0000\n", "none": None},
+    )
+
+
+async def test_entries_survive_reopening_unchanged(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    written = await log.append("e", [ADMISSION, note("a"), note()], at(1), 0)
+    assert [e.seq for e in written] == [1, 2, 3]
+    assert await log.entries("e") == written
+    await log.close()
+
+    log = SqliteLog(log_path)
+    assert await log.entries("e") == written
+    assert await log.entries("e", after_seq=2) == written[2:]
+    assert await log.entries("nobody") == []
+    assert (await log.append("e", [note("b")], at(2), 3))[0].seq == 4
+    await log.close()
+
+
+async def test_times_keep_their_microseconds_and_come_back_in_utc(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    local = datetime.fromisoformat("2026-07-01T12:00:00.000001+05:30")
+    await log.append("e", [ADMISSION], local, None)
+    [entry] = await log.entries("e")
+    assert entry.recorded_at == local
+    assert str(entry.recorded_at) == "2026-07-01 06:30:00.000001+00:00"
+    await log.close()
+
+
+async def test_episodes_are_listed_by_latest_activity(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    for name, hours in (("b", 1), ("a", 3), ("c", 2), ("d", 2)):
+        await log.append(name, [ADMISSION], at(hours), 0)
+    assert await log.episode_ids() == ["a", "c", "d", "b"]
+    await log.append("b", [note()], at(9), 1)
+    assert await log.episode_ids() == ["b", "a", "c", "d"]
+    await log.close()
+
+
+async def test_an_empty_log_has_no_episodes(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    assert await log.episode_ids() == []
+    await log.close()
+
+
+@pytest.mark.parametrize("statement", ["UPDATE log SET payload = '{}'", "DELETE FROM log"])
+async def test_the_database_itself_refuses_to_change_entries(
+    log_path: Path, statement: str
+) -> None:
+    log = SqliteLog(log_path)
+    written = await log.append("e", [ADMISSION], T0, 0)
+    other = apsw.Connection(str(log_path))
+    with pytest.raises(apsw.ConstraintError, match="append-only"):
+        other.execute(statement)
+    other.close()
+    assert await log.entries("e") == written
+    await log.close()
+
+
+async def test_a_second_writer_is_told(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    await log.append("e", [ADMISSION], T0, 0)
+    for expected in (0, 2):
+        with pytest.raises(SequenceConflict):
+            await log.append("e", [note()], T0, expected)
+    assert len(await log.entries("e")) == 1
+    await log.append("e", [note()], T0, None)
+    assert len(await log.entries("e")) == 2
+    await log.close()
+
+
+async def test_two_processes_on_one_file_never_share_a_number(log_path: Path) -> None:
+    ours, theirs = SqliteLog(log_path), SqliteLog(log_path)
+    await ours.append("e", [ADMISSION], T0, 0)
+    results = await asyncio.gather(
+        ours.append("e", [note("a")], T0, 1),
+        theirs.append("e", [note("b")], T0, 1),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(r, SequenceConflict) for r in results) == 1
+    assert [e.seq for e in await ours.entries("e")] == [1, 2]
+    await ours.close()
+    await theirs.close()
+
+
+async def test_an_item_id_is_taken_once_an_episode(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    await log.append("e", [ADMISSION, note("a"), note(), note()], T0, 0)
+    with pytest.raises(SequenceConflict):
+        await log.append("e", [note("b"), note("a")], T0, None)
+    assert [e.item_id for e in await log.entries("e")] == [None, "a", None, None]
+    await log.append("other", [ADMISSION, note("a")], T0, 0)
+    await log.close()
+
+
+async def test_appends_that_wait_are_committed_together(
+    log_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    commit = SqliteLog._commit
+
+    def counted(self: SqliteLog, group: list[object]) -> None:
+        groups.append(len(group))
+        commit(self, group)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SqliteLog, "_commit", counted)
+    log = SqliteLog(log_path)
+    results = await asyncio.gather(
+        *(log.append(f"e{i}", [ADMISSION, note()], T0, 0) for i in range(600))
+    )
+    assert all([e.seq for e in r] == [1, 2] for r in results)
+    assert sum(groups) == 600
+    assert max(groups) > 1
+    assert max(groups) <= sqlite.MAX_GROUP
+    await log.close()
+    log = SqliteLog(log_path)
+    assert len(await log.episode_ids()) == 600
+    await log.close()
+
+
+async def test_a_failing_append_leaves_its_neighbours_alone(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    await log.append("e", [ADMISSION, note("a")], T0, 0)
+    naive = datetime(2026, 3, 1)  # noqa: DTZ001
+    good, conflict, naive_time, bad_payload, clash, also_good = await asyncio.gather(
+        log.append("g1", [ADMISSION], T0, 0),
+        log.append("e", [note("b")], T0, 0),
+        log.append("e", [note("c")], naive, 2),
+        log.append("e", [Draft(kind="event", payload={"value": float("nan")})], T0, 2),
+        log.append("e", [note("d"), note("a")], T0, 2),
+        log.append("g2", [ADMISSION], T0, 0),
+        return_exceptions=True,
+    )
+    assert isinstance(conflict, SequenceConflict)
+    assert isinstance(naive_time, TypeError)
+    assert isinstance(bad_payload, ValueError)
+    assert isinstance(clash, SequenceConflict)
+    assert await log.entries("g1") == good
+    assert await log.entries("g2") == also_good
+    assert [e.item_id for e in await log.entries("e")] == [None, "a"]
+    await log.close()
+
+
+async def test_nothing_is_acknowledged_when_the_disk_fails(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    await log.append("e", [ADMISSION], T0, 0)
+
+    def refuse() -> bool:
+        return True  # makes SQLite turn the COMMIT into a ROLLBACK
+
+    log._writer.set_commit_hook(refuse)
+    with pytest.raises(LogUnavailable):
+        await log.append("e", [note("a")], T0, 1)
+    assert not log.available()
+    assert len(await log.entries("e")) == 1
+    log._writer.set_commit_hook(None)
+    assert (await log.append("e", [note("a")], T0, 1))[0].seq == 2
+    assert log.available()
+    await log.close()
+
+
+async def test_a_log_held_by_another_writer_says_so(
+    log_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_BUSY_MS", 1)
+    log = SqliteLog(log_path)
+    other = apsw.Connection(str(log_path))
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(LogUnavailable):
+        await log.append("e", [ADMISSION], T0, 0)
+    other.execute("ROLLBACK")
+    other.close()
+    assert (await log.append("e", [ADMISSION], T0, 0))[0].seq == 1
+    await log.close()
+
+
+async def test_an_empty_append_is_a_mistake(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    with pytest.raises(ValueError, match="nothing"):
+        await log.append("e", [], T0, 0)
+    await log.close()
+
+
+async def test_closing_finishes_what_was_accepted_and_ends_the_rest(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    accepted = [asyncio.create_task(log.append(f"e{i}", [ADMISSION], T0, 0)) for i in range(50)]
+    await asyncio.sleep(0)
+    await log.close()
+    await log.close()
+    assert all(len(entries) == 1 for entries in await asyncio.gather(*accepted))
+    assert not log.available()
+    with pytest.raises(LogUnavailable):
+        await log.append("e", [ADMISSION], T0, 0)
+    with pytest.raises(LogUnavailable):
+        await log.entries("e")
+
+
+def test_an_old_sqlite_library_is_refused(log_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apsw, "sqlite_lib_version", lambda: "3.51.2")
+    with pytest.raises(LogUnavailable, match=r"3\.51\.3"):
+        SqliteLog(log_path)
+    assert not log_path.exists()
+
+
+def test_a_file_of_another_schema_is_refused(log_path: Path) -> None:
+    db = apsw.Connection(str(log_path))
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(LogUnavailable, match="99"):
+        SqliteLog(log_path)
+
+
+def test_a_file_that_is_no_database_is_refused(log_path: Path) -> None:
+    log_path.write_text("not a database, but long enough to look at" * 100)
+    with pytest.raises(LogUnavailable):
+        SqliteLog(log_path)
+
+
+async def test_the_writer_is_as_durable_as_sqlite_can_be(log_path: Path) -> None:
+    log = SqliteLog(log_path)
+    full = 2
+    assert log._writer.execute("PRAGMA synchronous").get == full
+    assert log._writer.execute("PRAGMA journal_mode").get == "wal"
+    with pytest.raises(apsw.ReadOnlyError):
+        log._reader.execute("INSERT INTO log VALUES ('e', 1, 'event', 1, 1, 1, 1, 1, '{}')")
+    await log.close()
+
+
+_ENDLESS_WRITER = """
+import asyncio, sys
+from pathlib import Path
+from service.core import Draft
+from service.log import SqliteLog
+from tests.service.fakes import T0
+
+async def main():
+    log = SqliteLog(Path(sys.argv[1]))
+    async def write(name):
+        seq = 0
+        while True:
+            entries = await log.append(name, [Draft(kind="event", item_id=f"{seq}")], T0, seq)
+            seq = entries[-1].seq
+            print(name, seq, flush=True)
+    await asyncio.gather(*(write(f"e{i}") for i in range(8)))
+
+asyncio.run(main())
+"""
+
+
+async def test_kill_9_loses_nothing_that_was_acknowledged(log_path: Path) -> None:
+    writer = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", _ENDLESS_WRITER, str(log_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert writer.stdout is not None
+    acknowledged: dict[str, int] = {}
+    for _ in range(300):
+        name, seq = writer.stdout.readline().split()
+        acknowledged[name] = int(seq)
+    writer.send_signal(signal.SIGKILL)
+    rest = writer.stdout.read()
+    writer.stdout.close()
+    writer.wait()
+    for line in rest.splitlines():
+        if len(parts := line.split()) == 2:
+            acknowledged[parts[0]] = int(parts[1])
+    log = SqliteLog(log_path)
+    for name, seq in acknowledged.items():
+        numbers = [entry.seq for entry in await log.entries(name)]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert len(numbers) >= seq
+    await log.close()

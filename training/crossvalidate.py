@@ -1,0 +1,45 @@
+"""Out-of-fold metrics: fine-tune once for each patient fold, score each stay by the model that has
+not seen its label."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from training.config import FinetuneConfig
+from training.evaluate import hourly_table, load_scorer, task_metrics
+from training.finetune import finetune
+from training.dataset import open_sources, subject_fold
+
+
+def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune for every fold and pool the held-out answers; writes crossvalidation.json.
+
+    The decision threshold of each fold is the one its own held-out stays chose, so S1 is slightly
+    optimistic; everything else is out-of-fold.
+    """
+    parts, thresholds = [], []
+    for fold in range(config.data.n_folds):
+        run = config.run / f"fold{fold}"
+        data = config.data.model_copy(update={"validation_fold": fold})
+        one = config.model_copy(update={"run": run, "data": data})
+        if not (run / "result.json").exists():
+            finetune(one)
+        network, calibration, threshold = load_scorer(run)
+        thresholds.append(threshold)
+        for store, splits in open_sources(config.data.sources, training=True):
+            for split in sorted(splits):
+                table = hourly_table(network, calibration, store, split)
+                folds = {
+                    s: subject_fold(f"{store.info.source}/{s}", config.data.n_folds)
+                    for s in np.unique(table["subject"])
+                }
+                held_out = np.array([folds[s] == fold for s in table["subject"]])
+                parts.append({name: column[held_out] for name, column in table.items()})
+    pooled = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    mean = {t: float(np.mean([x[t] for x in thresholds])) for t in thresholds[0]}
+    report = {"folds": config.data.n_folds, "tasks": task_metrics(pooled, mean)}
+    (config.run / "crossvalidation.json").write_text(json.dumps(report, indent=2))
+    return report
