@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help install minilm serve test lint format train-demo clean
+.PHONY: help install minilm serve test lint format train-demo default-bundle clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,13 @@ ifneq ($(wildcard ../shared/data),)
 export LLM4EHR_DATA := $(abspath ../shared/data)
 endif
 endif
+
+# Where training looks for data; DATA=... on the command line wins.
+DATA ?= $(or $(LLM4EHR_DATA),data)
+# Without these, glibc hands every large tensor back to the kernel and gets it again, which costs
+# training on the CPU half of its speed.
+train-demo default-bundle: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+train-demo default-bundle: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,8 +70,11 @@ format: $(STAMP) ## sort imports, mend what can be mended, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train-demo: $(STAMP) ## run the whole training chain on a small real subset
-	$(PY) -m training demo
+train-demo: $(STAMP) ## run the whole training chain on a small part of the real data
+	$(PY) -m training chain --data $(DATA) --out runs/demo --size demo
+
+default-bundle: $(STAMP) ## train the default bundle again, into runs/default/model_repository
+	$(PY) -m training chain --data $(DATA) --out runs/default --size full
 
 clean: ## remove caches and build output; the environment stays
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,10 @@
 """Any Hugging Face language model as a causal encoder of precomputed embeddings.
 
 The backbone never sees text at run time: hours and events reach it through `inputs_embeds`, always
-with an explicit mask (without one, transformers takes a jump in the positions for a packed batch and
-cuts the attention there) and explicit positions (OPT and RoBERTa would otherwise derive them from
-other things than the hour). Its word embeddings serve once, to initialise the clinical tokens, and
-are then dropped.
+with an explicit mask (without one, transformers takes a jump in the positions for a packed batch
+and cuts the attention there) and explicit positions (OPT and RoBERTa would otherwise derive them
+from other things than the hour). Its word embeddings serve once, to initialise the clinical tokens,
+and are then dropped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class _Family:
     """What differs between model families.
 
     `decoder_switch`: causal only with `is_decoder`; without the switch it is causal by nature.
-    `position_offset` is added to the hour index. `pad` is the family's own padding id, which the word
-    table must cover.
+    `position_offset` is added to the hour index. `pad` is the family's own padding id, which the
+    word table must cover.
     """
 
     model_class: str
@@ -113,8 +113,8 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, H].
 
-        `mask` [B, T] is true for real tokens; None is for callers whose `cache` states what each row
-        attends to. `positions` [B, T] are hour or token indices from 0.
+        `mask` [B, T] is true for real tokens; None is for callers whose `cache` states what each
+        row attends to. `positions` [B, T] are hour or token indices from 0.
         """
         out = self.model(
             inputs_embeds=embeds,
@@ -155,9 +155,9 @@ def load_backbone(
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
         raise BackboneError(
-            f"cannot load the backbone {str(source)!r}: {error}. Without access to the Hugging Face "
-            "hub, put its config, tokenizer and safetensors files into one folder and name that "
-            "folder as the source."
+            f"cannot load the backbone {str(source)!r}: {error}. Without access to the Hugging "
+            "Face hub, put its config, tokenizer and safetensors files into one folder and name "
+            "that folder as the source."
         ) from error
     spec = spec_from_config(native.config, attention_mode=attention_mode, frozen=frozen)
     backbone = Backbone(spec)
@@ -230,8 +230,10 @@ def _build(spec: BackboneSpec, family: _Family) -> PreTrainedModel:
     options = {"add_pooling_layer": False} if family.decoder_switch else {}
     config = AutoConfig.for_model(**spec.config)
     model: PreTrainedModel = getattr(transformers, family.model_class)(config, **options)
-    model.get_input_embeddings().weight.requires_grad_(False).zero_()
-    return model.float()
+    for name, weight in model.named_parameters():
+        if name == _word_table_name(model):
+            weight.requires_grad_(False).zero_()
+    return model
 
 
 def _word_table_name(model: PreTrainedModel) -> str:

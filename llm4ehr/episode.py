@@ -1,8 +1,8 @@
 """From the observations and events of one ICU stay to model input. The only preprocessing there is.
 
-Training, streaming and batch scoring call `featurise`; nothing else turns clinical data into numbers
-for the model. Everything here is a pure function of its arguments and indifferent to the order in
-which items are given: ties are broken by content, never by position.
+Training, streaming and batch scoring call `featurise`; nothing else turns clinical data into
+numbers for the model. Everything here is a pure function of its arguments and indifferent to the
+order in which items are given: ties are broken by content, never by position.
 
 Hours are float hours since ICU admission. An item stands at the later of its effective and its
 available time, so that hour t never contains what was not known by its end.
@@ -58,7 +58,7 @@ class Episode:
     """One ICU stay as parallel arrays, in any order.
 
     `obs_variable` indexes `VARIABLES`; values are in canonical units. `obs_priority` 0 is preferred
-    over 1 within an hour (an arterial line over a cuff). `ev_value` is NaN for an event without one.
+    over 1 within an hour (an arterial line over a cuff). `ev_value` is NaN where an event has none.
     `n_hours` is the length of the record in hours and may exceed what the model reads.
     """
 
@@ -174,7 +174,8 @@ def hour_of(
     hours = np.asarray(hours, dtype=np.float64)
     if bin_edge == "left":
         return np.floor(hours).astype(np.int64)
-    return np.maximum(np.ceil(hours) - 1, 0).astype(np.int64) * (hours >= 0) - (hours < 0)
+    # Admission itself belongs to the first hour.
+    return np.where(hours == 0, 0, np.ceil(hours) - 1).astype(np.int64)
 
 
 def _latest_by_cell(

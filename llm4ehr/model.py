@@ -1,7 +1,7 @@
 """The LLM4EHR network: architecture only.
 
-Two passes share one backbone. The series pass turns hours into hidden states v, from which heads and
-decoder read; the EHR pass turns event tokens into hidden states z and serves pre-training. With
+Two passes share one backbone. The series pass turns hours into hidden states v, from which heads
+and decoder read; the EHR pass turns event tokens into hidden states z and serves pre-training. With
 `events="fused"` what is known of the events at an hour is also embedded and added to that hour's
 token, so that heads can use labs and drugs in one causal stream.
 
@@ -64,8 +64,7 @@ class SeriesEncoder(nn.Module):
         self.events = (
             _two_layers(config.n_event_channels, hidden) if config.events == "fused" else None
         )
-        norms = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": lambda _: nn.Identity()}
-        self.norm = norms[config.ts_norm](hidden)
+        self.norm = _norm(config.ts_norm, hidden)
 
     def forward(self, series: Tensor, events: Tensor | None) -> Tensor:
         """`series` [..., S] and `events` [..., E] -> tokens [..., H]."""
@@ -95,11 +94,11 @@ class LLM4EHR(nn.Module):
         self.register_buffer("begin", begin)
         self.decoder = nn.Linear(hidden, config.n_variables)
         self.series_patch = nn.Identity() if config.patch_head == "none" else nn.Tanh()
-        self.event_patch = {
-            "none": nn.Identity,
-            "tanh": nn.Tanh,
-            "ehr_linear_tanh": lambda: nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh()),
-        }[config.patch_head]()
+        self.event_patch = (
+            nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh())
+            if config.patch_head == "ehr_linear_tanh"
+            else self.series_patch
+        )
         self.heads = nn.ModuleDict(
             {task: _head(config.head, hidden, n) for task, n in config.heads.items()}
         )
@@ -179,6 +178,12 @@ def _mean_by_patch(x: Tensor, patch: Tensor, mask: Tensor, n: int | None = None)
 
 def _two_layers(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU(), nn.Linear(n_out, n_out))
+
+
+def _norm(kind: Literal["layer", "batch", "none"], hidden: int) -> nn.Module:
+    if kind == "layer":
+        return nn.LayerNorm(hidden)
+    return nn.BatchNorm1d(hidden) if kind == "batch" else nn.Identity()
 
 
 def _head(kind: Literal["linear", "mlp"], hidden: int, n_out: int) -> nn.Module:

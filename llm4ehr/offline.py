@@ -72,7 +72,9 @@ def score_episodes(
             outputs = {task: out.float().cpu().numpy() for task, out in model.predict(v).items()}
             hidden = v.float().cpu().numpy()
         else:
-            outputs = {t: np.zeros((len(rows), 0, n), np.float32) for t, n in model.config.heads.items()}
+            outputs = {
+                t: np.zeros((len(rows), 0, n), np.float32) for t, n in model.config.heads.items()
+            }
             hidden = np.zeros((len(rows), 0, hidden_size), np.float32)
         for row, i in enumerate(rows):
             scores[i] = EpisodeScores(

@@ -1,8 +1,8 @@
 """Event codes, their decile tokens and how their numbers are normalised.
 
-A vocabulary is fitted on the training split only and saved with the model. Token rows of the clinical
-token table: 0..9 are the decile tokens <Q1>..<Q10>, shared by all codes as in ETHOS; row 10 + i is
-code i.
+A vocabulary is fitted on the training split only and saved with the model. Token rows of the
+clinical token table: 0..9 are the decile tokens <Q1>..<Q10>, shared by all codes as in ETHOS; row
+10 + i is code i.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class CodeEntry:
     """One event code.
 
     `deciles` are the inner decile edges, duplicates removed. Values are clipped to [`low`, `high`]
-    (0.5th and 99.5th percentile), put on the `scale`, then standardised with `mean` and `std` of the
-    training split on that scale. A code without numbers has no edges and `std` 1.
+    (0.5th and 99.5th percentile), put on the `scale`, then standardised with `mean` and `std` of
+    the training split on that scale. A code without numbers has no edges and `std` 1.
     """
 
     code: str
@@ -93,9 +93,7 @@ class Vocabulary:
         below = (self._edges[code] < value[:, None]).sum(axis=1)
         return np.where(np.isnan(value) | ~self._has_deciles[code], -1, below)
 
-    def normalise(
-        self, code: NDArray[np.int64], value: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def normalise(self, code: NDArray[np.int64], value: NDArray[np.float64]) -> NDArray[np.float64]:
         """Values of the given code indices on their training scale; 0 for a code never fitted."""
         clipped = np.clip(value, self._low[code], self._high[code])
         is_log = self._log[code]
@@ -182,8 +180,8 @@ def fit_vocabulary(
 ) -> Vocabulary:
     """Fit on the training split.
 
-    `values` holds every occurrence of each code (NaN for one without a number); `descriptors` maps a
-    code to its text and unit. The `max_codes` most frequent codes are kept, ties by name.
+    `values` holds every occurrence of each code (NaN for one without a number); `descriptors` maps
+    a code to its text and unit. The `max_codes` most frequent codes are kept, ties by name.
     """
     kept = sorted(values, key=lambda code: (-len(values[code]), code))[:max_codes]
     return Vocabulary([_fit_code(code, values[code], *descriptors[code]) for code in sorted(kept)])

@@ -79,8 +79,10 @@ def _replay_when_ready(url: str, seconds_per_hour: float) -> None:
         except OSError:
             time.sleep(0.1)
     subprocess.run(
-        [sys.executable, "-m", "service", "replay", "--data", str(DEMO_STORE), "--url", url]
-        + ["--seconds-per-hour", str(seconds_per_hour)],
+        [
+            *(sys.executable, "-m", "service", "replay"),
+            *("--url", url, "--seconds-per-hour", str(seconds_per_hour)),
+        ],
         check=False,
     )
 

@@ -25,9 +25,9 @@ def score_store(data: Path, out: Path, bundle: Bundle, *, embeddings: bool = Fal
     """Score a store into one Parquet file, one row an episode-hour; returns the number of rows.
 
     Columns: `episode_id`, `hour`, then `decompensation`, `mortality`, `remaining_los_hours`,
-    `phenotype_<name>` as the bundle has them and, if asked for, `embedding`. Model name, version and
-    digests stand in the file's metadata. Labels are not needed. Memory holds one block of the store
-    at a time. The file appears only when complete. Raises StoreError, OSError.
+    `phenotype_<name>` as the bundle has them and, if asked for, `embedding`. Model name, version
+    and digests stand in the file's metadata. Labels are not needed. Memory holds one block of the
+    store at a time. The file appears only when complete. Raises StoreError, OSError.
     """
     store = EpisodeStore.open(data)
     schema = _schema(bundle, embeddings)

@@ -47,6 +47,15 @@ class Entry:
     available_at: datetime | None = None
     target: str | None = None
     payload: Mapping[str, Any] = field(default_factory=dict)
+    # The times in microseconds: an episode is read off its entries again after every write.
+    recorded_us: int = field(init=False, repr=False, compare=False)
+    effective_us: int | None = field(init=False, repr=False, compare=False)
+    available_us: int | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("recorded", "effective", "available"):
+            at: datetime | None = getattr(self, f"{name}_at")
+            object.__setattr__(self, f"{name}_us", None if at is None else to_us(at))
 
 
 def content_id(*content: str | float | None) -> str:

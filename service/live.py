@@ -87,18 +87,17 @@ class LiveScores:
             )
 
     def changed(self, state: EpisodeState) -> None:
-        """Take notice of a write and have the episode scored; never fails, never waits."""
+        """Take notice of a write and have the episode scored. Never waits and never fails: what was
+        written is durable, whatever becomes of its score.
+        """
         self.note(state)
         view = state.view
         if view.deleted:
             self._submissions.pop(view.episode_id, None)
             self._engine.forget(view.episode_id)
-        elif self._enabled and view.head_hour >= 0:
-            try:
-                self._submit(state, 0)
-            except Overloaded:
-                self._behind[view.episode_id] = None
-                self._wake.set()
+        elif self._enabled and view.head_hour >= 0 and not self._offer(state):
+            self._behind[view.episode_id] = None
+            self._wake.set()
 
     async def newest(self, state: EpisodeState, n_hours: int) -> Scored:
         """Scores of the state's last entry or a later one, for at least `n_hours` hours.
@@ -128,6 +127,17 @@ class LiveScores:
         if scored and scored.view.seq == view.seq and len(scored.scores.hours) >= n_hours:
             return Scored(view=view, scores=scored.scores)
         return Scored(view=view, scores=await self._engine.submit_as_of(view, n_hours))
+
+    def _offer(self, state: EpisodeState) -> bool:
+        """Submit if the engine has room; False if it has none now."""
+        try:
+            self._submit(state, 0)
+        except Overloaded:
+            return False
+        except Exception as error:
+            # A dead engine shows in its health; a reader will meet the same error.
+            _logger.error("the engine takes nothing: %s", type(error).__name__)
+        return True
 
     def _submit(self, state: EpisodeState, n_hours: int) -> _Submission:
         view = state.view
@@ -184,19 +194,18 @@ class LiveScores:
         while True:
             try:
                 state = await self._load(episode_id, evict=False)
-                if state is None:
-                    return
-                self.note(state)
-                view = state.view
-                open_ = not view.deleted and view.discharged_at is None and view.head_hour >= 0
-                up_to_date = state.scored is not None and state.scored.view.seq == view.seq
-                if self._enabled and open_ and not up_to_date:
-                    self._submit(state, 0)
-                return
-            except Overloaded:
-                await asyncio.sleep(_ENGINE_PAUSE_S)
             except LogUnavailable:
                 await asyncio.sleep(_LOG_PAUSE_S)
+                continue
+            if state is None:
+                return
+            self.note(state)
+            view = state.view
+            open_ = not view.deleted and view.discharged_at is None and view.head_hour >= 0
+            up_to_date = state.scored is not None and state.scored.view.seq == view.seq
+            if not self._enabled or not open_ or up_to_date or self._offer(state):
+                return
+            await asyncio.sleep(_ENGINE_PAUSE_S)
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -103,29 +102,19 @@ def episode_at(entries: Sequence[Entry]) -> EpisodeView:
     discharged_at = _discharge(discharges[-1]) if discharges else None
     limit_us = _NOT_YET if discharged_at is None else to_us(discharged_at)
 
-    items = [e for e in timeline if e.kind in ITEM_KINDS]
-    places = _Places(items, to_us(admitted_at))
-    live, counts = _live(timeline, items)
-    used: list[Entry] = []
-    ignored: Counter[str] = Counter()
-    for entry in live:
-        hour = places.hour[entry.seq]
-        if hour < 0:
-            ignored["before-admission"] += 1
-        elif hour >= MAX_HOURS:
-            ignored["beyond-horizon"] += 1
-        elif places.placed_us[entry.seq] > limit_us:
-            ignored["after-discharge"] += 1
-        else:
-            used.append(entry)
+    items = _Items([e for e in timeline if e.kind in ITEM_KINDS], to_us(admitted_at))
+    live, counts = _live(timeline, items.entries)
+    hour = items.hour[live]
+    early, late = hour < 0, hour >= MAX_HOURS
+    after = ~early & ~late & (items.placed_us[live] > limit_us)
+    reasons = {"before-admission": early, "beyond-horizon": late, "after-discharge": after}
+    used = live[~(early | late | after)]
 
-    newest = [_NEVER] * MAX_HOURS
-    for entry in used:
-        hour = places.hour[entry.seq]
-        newest[hour] = max(newest[hour], places.effective_us[entry.seq])
-    newest_us = np.maximum.accumulate(np.array(newest, dtype=np.int64))
-    head_hour = max((places.hour[e.seq] for e in used), default=-1)
-    known_us, touched_us = _history(timeline, items, places)
+    newest_us = np.full(MAX_HOURS, _NEVER, dtype=np.int64)
+    np.maximum.at(newest_us, items.hour[used], items.effective_us[used])
+    newest_us = np.maximum.accumulate(newest_us)
+    head_hour = int(items.hour[used].max(initial=-1))
+    known_us, touched_us = _history(timeline, items)
     statics = Statics(**admission["statics"])
     return EpisodeView(
         episode_id=timeline[0].episode_id,
@@ -135,11 +124,11 @@ def episode_at(entries: Sequence[Entry]) -> EpisodeView:
         discharged_at=discharged_at,
         deleted=any(e.kind == "deletion" for e in timeline),
         statics=statics,
-        episode=_arrays(timeline[0].episode_id, used, places, head_hour + 1, statics),
+        episode=_arrays(timeline[0].episode_id, items, used, head_hour + 1, statics),
         head_hour=head_hour,
-        newest_effective_at=from_us(int(newest_us[-1])) if used else None,
+        newest_effective_at=from_us(int(newest_us[-1])) if used.size else None,
         counts=counts,
-        ignored=dict(ignored),
+        ignored={reason: int(n) for reason, which in reasons.items() if (n := which.sum())},
         newest_us=newest_us,
         known_us=known_us,
         touched_us=touched_us,
@@ -152,17 +141,17 @@ def _discharge(entry: Entry) -> datetime | None:
     return None if value is None else datetime.fromisoformat(value)
 
 
-def _live(timeline: list[Entry], items: list[Entry]) -> tuple[list[Entry], dict[str, int]]:
-    """The live items, and how many items are live, corrected and withdrawn."""
+def _live(timeline: list[Entry], items: list[Entry]) -> tuple[NDArray[np.intp], dict[str, int]]:
+    """Places of the live items in `items`, and how many are live, corrected and withdrawn."""
     withdrawn = {e.target for e in timeline if e.kind == "withdrawal"}
     # In order of seq, so the last correction of a target is the one that remains.
     corrected_by = {e.target: e.seq for e in items if e.target is not None}
-    contents = {e.seq: e.payload["content"] for e in items}
-    identified = {contents[e.seq] for e in items if e.item_id != contents[e.seq]}
-    live: list[Entry] = []
+    contents = [e.payload["content"] for e in items]
+    identified = {c for e, c in zip(items, contents, strict=True) if e.item_id != c}
+    live: list[int] = []
     counts = {"observations": 0, "events": 0, "corrected": 0, "withdrawn": 0}
-    for entry in items:
-        item_id, content = entry.item_id, contents[entry.seq]
+    for i, (entry, content) in enumerate(zip(items, contents, strict=True)):
+        item_id = entry.item_id
         outdated = entry.target is not None and corrected_by[entry.target] != entry.seq
         if item_id == content and content in identified:
             continue
@@ -172,144 +161,130 @@ def _live(timeline: list[Entry], items: list[Entry]) -> tuple[list[Entry], dict[
             counts["corrected"] += 1
         else:
             counts["observations" if entry.kind == "observation" else "events"] += 1
-            live.append(entry)
-    return live, counts
+            live.append(i)
+    return np.array(live, dtype=np.intp), counts
 
 
-class _Places:
-    """Where items stand in time: the later of effective and available, by `seq`.
+def _effective(entry: Entry) -> int:
+    assert entry.effective_us is not None
+    return entry.effective_us
+
+
+class _Items:
+    """The items of an episode and where they stand in time: the later of effective and available.
 
     A correction that does not say when it became available was so together with its target.
     """
 
-    def __init__(self, items: list[Entry], admitted_us: int) -> None:
+    def __init__(self, entries: list[Entry], admitted_us: int) -> None:
+        self.entries = entries
         self._admitted_us = admitted_us
-        self._by_name = {e.payload["content"]: e for e in reversed(items)}
-        self._by_name |= {e.item_id: e for e in items}
-        self.effective_us: dict[int, int] = {}
-        self.placed_us: dict[int, int] = {}
-        self.hour: dict[int, int] = {}
-        """Hour bin; may lie outside 0..199."""
-        for entry in items:
-            assert entry.effective_at is not None
-            available = entry.available_at
-            if available is None and entry.target is not None:
-                available = self._inherited(entry)
-            placed = effective = to_us(entry.effective_at)
-            if available is not None:
-                placed = max(effective, to_us(available))
-            self.effective_us[entry.seq] = effective
-            self.placed_us[entry.seq] = placed
-            self.hour[entry.seq] = self.hour_of(placed)
+        self._by_name = {entries[i].payload["content"]: i for i in reversed(range(len(entries)))}
+        self._by_name |= {e.item_id: i for i, e in enumerate(entries)}
+        n = len(entries)
+        self.effective_us = np.fromiter((_effective(e) for e in entries), np.int64, n)
+        available = (self._available_us(e) for e in entries)
+        self.placed_us = np.maximum(self.effective_us, np.fromiter(available, np.int64, n))
+        self.hour = self.hour_of(self.placed_us)  # may lie outside 0..199
+        self.hours = (self.placed_us - admitted_us) / HOUR_US
 
-    def target(self, entry: Entry) -> Entry | None:
-        """The item that an entry names, if it has arrived."""
+    def target(self, entry: Entry) -> int | None:
+        """Place of the item that an entry names, if it has arrived."""
         return None if entry.target is None else self._by_name.get(entry.target)
 
-    def hours(self, entry: Entry) -> float:
-        """Hours since admission, as the model reads them."""
-        return (self.placed_us[entry.seq] - self._admitted_us) / HOUR_US
-
-    def hour_of(self, instant_us: int) -> int:
+    def hour_of(self, instant_us: NDArray[np.int64]) -> NDArray[np.int64]:
         return (instant_us - self._admitted_us) // HOUR_US
 
-    def _inherited(self, entry: Entry) -> datetime | None:
-        visited = {entry.seq}
-        target = self.target(entry)
-        while target is not None and target.seq not in visited:
-            if target.available_at is not None:
-                return target.available_at
-            visited.add(target.seq)
-            target = self.target(target)
-        return None
+    def _available_us(self, entry: Entry) -> int:
+        visited = set()
+        while entry.available_us is None and entry.seq not in visited:
+            visited.add(entry.seq)
+            target = self.target(entry)
+            if target is None:
+                return _NEVER
+            entry = self.entries[target]
+        return _NEVER if entry.available_us is None else entry.available_us
 
 
-def _history(
-    timeline: list[Entry], items: list[Entry], places: _Places
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _history(timeline: list[Entry], items: _Items) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """`known_us` and `touched_us` of the view."""
-    known = [_NOT_YET] * MAX_HOURS
-    touched = [_NEVER] * MAX_HOURS
+    n = len(items.entries)
+    recorded_us = np.fromiter((e.recorded_us for e in items.entries), np.int64, n)
+    # One cell more: what lies beyond the last hour touches none, but was known after all of them.
+    known_us = np.full(MAX_HOURS + 1, _NOT_YET, dtype=np.int64)
+    touched_us = np.full(MAX_HOURS + 1, _NEVER, dtype=np.int64)
+    cell = np.clip(items.hour, 0, MAX_HOURS)
+    np.maximum.at(touched_us, cell, recorded_us)
+    inside = items.hour >= 0
+    np.minimum.at(known_us, cell[inside], recorded_us[inside])
 
-    def touch(hour: int, recorded_us: int) -> None:
-        if hour < MAX_HOURS:
-            hour = max(hour, 0)
-            touched[hour] = max(touched[hour], recorded_us)
+    def touch(hour: int, at_us: int) -> None:
+        hour = min(max(hour, 0), MAX_HOURS)
+        touched_us[hour] = max(int(touched_us[hour]), at_us)
 
+    first_hour = items.hour_of(items.effective_us)
+    for i, entry in enumerate(items.entries):
+        target = items.target(entry)
+        if target is not None:
+            # The pair took effect when the later of the two came, and may have moved a correction
+            # that stood at its effective time until then.
+            touch(
+                int(min(first_hour[i], items.hour[i], items.hour[target])),
+                int(max(recorded_us[i], recorded_us[target])),
+            )
     admission: Entry | None = None
     discharged_us = _NOT_YET
     for entry in timeline:
-        recorded_us = to_us(entry.recorded_at)
-        if entry.kind in ITEM_KINDS:
-            hour = places.hour[entry.seq]
-            touch(hour, recorded_us)
-            if hour >= 0:
-                last = min(hour, MAX_HOURS - 1)
-                known[last] = min(known[last], recorded_us)
-            target = places.target(entry)
+        if entry.kind == "withdrawal":
+            target = items.target(entry)
             if target is not None:
-                # The pair took effect when the later of the two came, and may have moved a
-                # correction that stood at its effective time until then.
-                first = places.hour_of(places.effective_us[entry.seq])
-                touch(
-                    min(first, hour, places.hour[target.seq]),
-                    max(recorded_us, to_us(target.recorded_at)),
-                )
-        elif entry.kind == "withdrawal":
-            target = places.target(entry)
-            if target is not None:
-                touch(places.hour[target.seq], recorded_us)
+                touch(int(items.hour[target]), entry.recorded_us)
         elif entry.kind == "admission":
             if admission is not None and admission.payload != entry.payload:
-                touch(0, recorded_us)
+                touch(0, entry.recorded_us)
             admission = entry
         elif entry.kind == "discharge":
             # Only items between the former and the new discharge appear or vanish.
             at = _discharge(entry)
             before_us, discharged_us = discharged_us, _NOT_YET if at is None else to_us(at)
             low, high = sorted((before_us, discharged_us))
-            moved = [
-                places.hour[e.seq]
-                for e in items
-                if e.seq < entry.seq and low < places.placed_us[e.seq] <= high
-            ]
-            if moved:
-                touch(min(moved), recorded_us)
+            moved = (items.placed_us > low) & (items.placed_us <= high)
+            moved &= np.fromiter((e.seq < entry.seq for e in items.entries), np.bool_, n)
+            if moved.any():
+                touch(int(items.hour[moved].min()), entry.recorded_us)
     return (
-        np.minimum.accumulate(np.array(known[::-1], dtype=np.int64))[::-1],
-        np.maximum.accumulate(np.array(touched, dtype=np.int64)),
+        np.minimum.accumulate(known_us[::-1])[::-1][:MAX_HOURS],
+        np.maximum.accumulate(touched_us)[:MAX_HOURS],
     )
 
 
 def _arrays(
-    episode_id: str, used: list[Entry], places: _Places, n_hours: int, statics: Statics
+    episode_id: str, items: _Items, used: NDArray[np.intp], n_hours: int, statics: Statics
 ) -> Episode:
     """The model's episode, sorted by content so that equal facts give equal arrays."""
-    observations = sorted(
-        (
-            places.hours(e),
-            VARIABLE_INDEX[e.payload["variable"]],
-            e.payload["priority"],
-            e.payload["value"],
-        )
-        for e in used
-        if e.kind == "observation"
+    rows = [(i, items.entries[i].kind, items.entries[i].payload) for i in used.tolist()]
+    observations = [(i, payload) for i, kind, payload in rows if kind == "observation"]
+    events = [(i, payload) for i, kind, payload in rows if kind == "event"]
+    obs_hours = items.hours[[i for i, _ in observations]]
+    variable = np.array([VARIABLE_INDEX[p["variable"]] for _, p in observations], dtype=np.int16)
+    priority = np.array([p["priority"] for _, p in observations], dtype=np.int8)
+    value = np.array([p["value"] for _, p in observations], dtype=np.float64)
+    order = np.lexsort((value, priority, variable, obs_hours))
+    ev_hours = items.hours[[i for i, _ in events]]
+    code = np.array([p["code"] for _, p in events], dtype=np.object_)
+    ev_value = np.array(
+        [np.nan if p["value"] is None else p["value"] for _, p in events], dtype=np.float64
     )
-    events = sorted(
-        (places.hours(e), e.payload["code"], value is not None, 0.0 if value is None else value)
-        for e in used
-        if e.kind == "event"
-        for value in [e.payload["value"]]
-    )
+    ev_order = np.lexsort((ev_value, code.astype(str), ev_hours))
     return Episode(
         episode_id=episode_id,
         n_hours=n_hours,
-        obs_variable=np.array([o[1] for o in observations], dtype=np.int16),
-        obs_hours=np.array([o[0] for o in observations], dtype=np.float64),
-        obs_value=np.array([o[3] for o in observations], dtype=np.float64),
-        obs_priority=np.array([o[2] for o in observations], dtype=np.int8),
-        ev_code=np.array([e[1] for e in events], dtype=object),
-        ev_hours=np.array([e[0] for e in events], dtype=np.float64),
-        ev_value=np.array([e[3] if e[2] else np.nan for e in events], dtype=np.float64),
+        obs_variable=variable[order],
+        obs_hours=obs_hours[order],
+        obs_value=value[order],
+        obs_priority=priority[order],
+        ev_code=code[ev_order],
+        ev_hours=ev_hours[ev_order],
+        ev_value=ev_value[ev_order],
         statics=statics,
     )

@@ -138,7 +138,7 @@ def summarise(
     """Summary of a view, with the newest scores there are."""
     latest = previous.latest if previous else None
     scored_seq = previous.scored_seq if previous else None
-    if scored is not None and (scored_seq is None or scored.scores.seq >= scored_seq):
+    if scored is not None and (scored_seq is None or scored.scores.seq > scored_seq):
         head = scored.view.head_hour
         latest = scored.scores.hours[head] if head >= 0 else None
         scored_seq = scored.scores.seq

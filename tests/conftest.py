@@ -246,6 +246,56 @@ def store_2019(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pretrain_body(
+    tiny_config: Callable[..., dict[str, Any]],
+    store_2012: Path,
+    store_2019: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., dict[str, Any]]:
+    """`pretrain_body(run, **changes)`: pre-training of a tiny GPT-2 on all fixture stays."""
+    cache = tmp_path_factory.mktemp("features")
+
+    def make(run: Path, **changes: Any) -> dict[str, Any]:
+        return {
+            "run": run,
+            "data": {
+                "sources": [
+                    {"store": store_2012, "splits": ["a", "b"]},
+                    {"store": store_2019, "splits": ["a", "b"]},
+                ],
+                "cache": cache,
+                "n_folds": 2,
+                "validation_fold": 1,
+            },
+            "model": {
+                "backbone": {"config": tiny_config("gpt2"), "frozen": False},
+                "events": "fused",
+            },
+            "optim": {
+                "epochs": 2,
+                "batch_size": 4,
+                "learning_rate": 3e-3,
+                "checkpoint_every": 2,
+            },
+        } | changes
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pretrained(
+    pretrain_body: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a finished pre-training run."""
+    from training.config import PretrainConfig
+    from training.pretrain import pretrain
+
+    run = tmp_path_factory.mktemp("runs") / "pretrain"
+    pretrain(PretrainConfig.model_validate(pretrain_body(run)))
+    return run
+
+
+@pytest.fixture(scope="session")
 def llm4ehr_data() -> Path:
     """The folder with the whole open data sets; tests that need it are skipped without."""
     folder = os.environ.get("LLM4EHR_DATA")

@@ -1,4 +1,7 @@
-"""Command line of the training side: prepare | pretrain | finetune | evaluate | export."""
+"""Command line of the training side.
+
+prepare | pretrain | finetune | crossvalidate | evaluate | export | chain
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run_command(arguments)
-    except (ConfigError, StoreError, BundleError, BackboneError, FileExistsError, ValueError) as error:
+    except (BackboneError, BundleError, ConfigError, OSError, StoreError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -43,6 +46,18 @@ def _finetune(a: argparse.Namespace) -> None:
     from training.finetune import finetune
 
     finetune(load_config(FinetuneConfig, a.config, a.set))
+
+
+def _crossvalidate(a: argparse.Namespace) -> None:
+    from training.crossvalidate import crossvalidate
+
+    print(json.dumps(crossvalidate(load_config(FinetuneConfig, a.config, a.set)), indent=2))
+
+
+def _chain(a: argparse.Namespace) -> None:
+    from training.chain import chain
+
+    print(chain(a.data, a.out, a.size))
 
 
 def _evaluate(a: argparse.Namespace) -> None:
@@ -70,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("pretrain", _pretrain, "episode stores -> encoder"),
         ("finetune", _finetune, "encoder -> encoder with heads"),
+        ("crossvalidate", _crossvalidate, "fine-tune once a patient fold, out-of-fold metrics"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("config", type=Path, help="YAML file, see training/configs/")
@@ -92,4 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--version", type=int, required=True)
     export.add_argument("--metrics", type=Path, help="metrics.json of `evaluate`, for the card")
     export.set_defaults(run_command=_export)
+
+    chain = commands.add_parser("chain", help="open data -> bundle, all steps in one")
+    chain.add_argument(
+        "--data", type=Path, required=True, help="folder with physionet2012/ and physionet2019/"
+    )
+    chain.add_argument("--out", type=Path, required=True, help="folder for stores and runs")
+    chain.add_argument("--size", choices=("demo", "full"), default="full")
+    chain.set_defaults(run_command=_chain)
     return parser

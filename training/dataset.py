@@ -1,7 +1,7 @@
 """Episodes of one or more stores as model input, ready for a training loop.
 
-Features are made once by `llm4ehr.episode.featurise` and kept as flat arrays on disk, memory-mapped,
-under a name made of everything they depend on.
+Features are made once by `llm4ehr.episode.featurise` and kept as flat arrays on disk,
+memory-mapped, under a name made of everything they depend on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm4ehr.episode import N_VARIABLES, Preprocessing, event_tokens, featurise, hour_of
-from llm4ehr.episode import preprocessing_digest
+from llm4ehr.episode import (
+    N_VARIABLES,
+    Preprocessing,
+    event_tokens,
+    featurise,
+    hour_of,
+    preprocessing_digest,
+)
 from llm4ehr.store import EpisodeRecord, EpisodeStore
 from llm4ehr.vocabulary import Vocabulary, fit_vocabulary
 from training.config import PreprocessingOptions, SourceConfig
@@ -111,6 +117,13 @@ def fit_preprocessing(
         {code: np.concatenate(parts) for code, parts in values.items()}, descriptors, max_codes
     )
     return preprocessing, vocabulary
+
+
+def subsample(index: NDArray[np.int64], at_most: int | None, seed: int) -> NDArray[np.int64]:
+    """At most so many of the given episodes, drawn by the seed, in their order."""
+    if at_most is None:
+        return index
+    return np.sort(np.random.default_rng(seed).permutation(index)[:at_most])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,7 @@ def evaluate(model: Path, store: Path, split: str, out: Path | None = None) -> d
     table = hourly_table(network, calibration, EpisodeStore.open(store), split)
     report = {
         "model": model.name if (model / "manifest.json").exists() else "fine-tuning run",
+        "command": f"python -m training evaluate {model} --store {store} --split {split}",
         "store": EpisodeStore.open(store).info.source,
         "split": split,
         "episodes": len(np.unique(table["episode"])),
@@ -92,9 +93,7 @@ def hourly_table(
     return {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
-def task_metrics(
-    table: dict[str, NDArray[Any]], thresholds: dict[str, float]
-) -> dict[str, Any]:
+def task_metrics(table: dict[str, NDArray[Any]], thresholds: dict[str, float]) -> dict[str, Any]:
     """Metrics of every task that has both answers and labels."""
     report: dict[str, Any] = {}
     if "mortality" in table:

@@ -24,7 +24,8 @@ def export(
     """Write `<repository>/<name>/<version>/` from a fine-tuning run; returns the folder.
 
     The weights of the backbone are stored as bfloat16 where that loses nothing, which is so when a
-    frozen pre-trained backbone was rounded before training. Raises BundleError if the version exists.
+    frozen pre-trained backbone was rounded before training. Raises BundleError if the version is
+    there already.
     """
     network, calibration, thresholds = load_scorer(run)
     config = json.loads((run / "finetune.json").read_text())
@@ -127,8 +128,8 @@ def _metrics_section(metrics: dict[str, Any]) -> list[str]:
     lines = [
         "## Metrics",
         "",
-        f"On {metrics['store']}, split {metrics['split']} ({metrics['episodes']:,} stays, not used in "
-        "training). In brackets the 95 % interval, bootstrap over patients, seed "
+        f"On {metrics['store']}, split {metrics['split']} ({metrics['episodes']:,} stays, not used "
+        "in training). In brackets the 95 % interval, bootstrap over patients, seed "
         f"{metrics['seed_of_bootstrap']}. Measured by `{metrics['command']}`.",
         "",
     ]

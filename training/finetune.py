@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm4ehr.bundle import Network, load_network, save_network
@@ -24,6 +24,7 @@ from training.dataset import (
     batches,
     build_features,
     open_sources,
+    subsample,
 )
 from training.loop import RunFolder, Trainer, autocast, device
 from training.metrics import auroc, fit_platt, mae, s1_threshold
@@ -53,15 +54,16 @@ def with_heads(network: Network, config: FinetuneConfig) -> Network:
     old = network.model
     backbone = old.config.backbone
     if config.dropout is not None:
-        rates = {k: config.dropout for k in backbone.config if k.endswith(("_pdrop", "dropout_prob"))}
+        rates = {
+            k: config.dropout for k in backbone.config if k.endswith(("_pdrop", "dropout_prob"))
+        }
         backbone = replace(backbone, config=backbone.config | rates)
     if config.tuning == "end_to_end":
         backbone = replace(backbone, frozen=False)
-    model = LLM4EHR(
-        replace(old.config, backbone=backbone, heads=dict.fromkeys(config.tasks, 1))
-    )
+    model = LLM4EHR(replace(old.config, backbone=backbone, heads=dict.fromkeys(config.tasks, 1)))
     missing, unexpected = model.load_state_dict(old.state_dict(), strict=False)
-    assert not unexpected and all(name.startswith("heads.") for name in missing)
+    assert not unexpected
+    assert all(name.startswith("heads.") for name in missing)
     # Tokens and decoder belong to pre-training: nothing here gives them a gradient.
     model.tokens.requires_grad_(False)
     model.decoder.requires_grad_(False)
@@ -82,9 +84,7 @@ def predict(
     for start in range(0, len(index), 128):
         batch = _truncated(features.batch(index[start : start + 128]), max_hours).to(on)
         with autocast(precision, on):
-            outputs = model.predict(
-                model.encode_hours(batch.series, batch.events, batch.hour_mask)
-            )
+            outputs = model.predict(model.encode_hours(batch.series, batch.events, batch.hour_mask))
         mask = batch.hour_mask.cpu()
         for task, out in outputs.items():
             rows.setdefault(task, []).append(out[..., 0].float().cpu()[mask].numpy())
@@ -114,7 +114,9 @@ def finetune(config: FinetuneConfig) -> Network:
         sources, network.preprocessing, network.vocabulary, config.data.cache, config.label_align
     )
     fold = features.fold(config.data.n_folds)
-    train = np.flatnonzero(fold != config.data.validation_fold)
+    train = subsample(
+        np.flatnonzero(fold != config.data.validation_fold), config.data.max_episodes, config.seed
+    )
     held_out = np.flatnonzero(fold == config.data.validation_fold)
     best_file = config.run / "best.safetensors"
 
@@ -141,7 +143,8 @@ def finetune(config: FinetuneConfig) -> Network:
         history.append(score)
         return epoch - int(np.argmax(history)) < config.patience
 
-    heads, encoder = [], []
+    heads: list[nn.Parameter] = []
+    encoder: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (heads if name.startswith("heads.") else encoder).append(parameter)
@@ -166,7 +169,9 @@ def finetune(config: FinetuneConfig) -> Network:
     run.finish(
         {
             "licences": {store.info.source: store.info.licence for store, _ in sources},
-            "label_notes": {k: v for store, _ in sources for k, v in store.info.label_notes.items()},
+            "label_notes": {
+                k: v for store, _ in sources for k, v in store.info.label_notes.items()
+            },
             "episodes": len(train),
             "validation_episodes": len(held_out),
             "steps": trainer.step,

@@ -1,7 +1,7 @@
 """The training loop: seeds, precision, checkpoints, logs and exact resume.
 
-A checkpoint holds weights, optimiser state and random state as safetensors plus a small JSON; on CPU a
-stopped and resumed run ends with the same bits as one that was never stopped.
+A checkpoint holds weights, optimiser state and random state as safetensors plus a small JSON; on
+CPU a stopped and resumed run ends with the same bits as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ class Trainer:
         folder = self.run.checkpoint
         fresh = folder.with_suffix(".partial")
         if not folder.exists() and (fresh / "progress.json").exists():
-            fresh.rename(folder)  # stopped between dropping the old checkpoint and renaming this one
+            fresh.rename(
+                folder
+            )  # stopped between dropping the old checkpoint and renaming this one
         if not folder.exists():
             return
         self.model.load_state_dict(load_file(folder / "model.safetensors"))

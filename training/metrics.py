@@ -41,7 +41,7 @@ def calibration_line(y: Floats, p: Floats) -> tuple[float, float]:
 
 
 def physionet_s1(y: Floats, p: Floats, threshold: float) -> float:
-    """Event 1 of the 2012 challenge: min(sensitivity, precision) when p >= threshold is positive."""
+    """Event 1 of the 2012 challenge: min(sensitivity, precision), positive is p >= threshold."""
     positive = p >= threshold
     hits = float((positive & (y == 1)).sum())
     return min(hits / max(float((y == 1).sum()), 1), hits / max(float(positive.sum()), 1))
@@ -60,8 +60,8 @@ def s1_threshold(y: Floats, p: Floats) -> float:
 def physionet_h(y: Floats, p: Floats, ids: NDArray[Any] | None = None) -> float:
     """Event 2 of the 2012 challenge: Hosmer-Lemeshow H' over ten groups, divided by D.
 
-    Ties in p are ordered by `ids`. Ten groups of floor(N / 10); the remainder is left out, as in the
-    official scorer. Infinite when the last group's mean risk does not exceed the first's.
+    Ties in p are ordered by `ids`. Ten groups of floor(N / 10); the remainder is left out, as in
+    the official scorer. Infinite when the last group's mean risk does not exceed the first's.
     """
     order = np.lexsort((np.arange(len(p)) if ids is None else ids, p))
     size = len(p) // 10

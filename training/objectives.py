@@ -19,7 +19,7 @@ Scope = Literal["batch", "episode"]
 
 
 class ObjectiveConfig(BaseModel):
-    """Weights and switches of the objective; defaults are the readings that docs/model.md argues for."""
+    """Weights and switches of the objective; docs/model.md argues for the defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,7 +58,7 @@ def _candidates(episode: Tensor, scope: Scope, *, include_self: bool) -> Tensor:
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of every row of a [n, H] with every row of b [n, H], at least fp32: [n, n]."""
+    """Cosines of every row of a [m, H] with every row of b [n, H], in fp32 or better: [m, n]."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     return F.normalize(a.to(dtype), dim=1) @ F.normalize(b.to(dtype), dim=1).T
 
@@ -80,8 +80,8 @@ def nce_loss(v: Tensor, z: Tensor, episode: Tensor, config: ObjectiveConfig) -> 
 def omega_loss(v: Tensor, z: Tensor, episode: Tensor, config: ObjectiveConfig) -> Tensor:
     """Attraction of series patches weighted by the likeness of their events (Eq. 2).
 
-    omega is a softmax over all candidates but the anchor itself; the triangle is taken afterwards, so
-    its rows do not sum to one. The self pair stays out of both softmaxes: at tau = 0.02 it would
+    omega is a softmax over all candidates but the anchor itself; the triangle is taken afterwards,
+    so its rows do not sum to one. The self pair stays out of both softmaxes: at tau = 0.02 it would
     swallow everything else.
     """
     n = v.shape[0]
@@ -150,7 +150,7 @@ def public_code_terms(
 def contrastive_terms(
     v: Tensor, z: Tensor, usable: Tensor, config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
-    """NCE and omega terms of patches v, z [B, P, H] with `usable` [B, P]; 0 where none is usable."""
+    """NCE and omega of patches v, z [B, P, H] with `usable` [B, P]; 0 when none is usable."""
     if not usable.any():
         return v.sum() * 0, v.sum() * 0
     if config.unusable_patches == "keep":

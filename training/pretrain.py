@@ -13,8 +13,15 @@ from llm4ehr.episode import EVENT_CHANNELS, N_VARIABLES, Preprocessing
 from llm4ehr.model import LLM4EHR, ModelConfig, patch_counts
 from llm4ehr.vocabulary import Vocabulary
 from training.config import ModelOptions, PretrainConfig
-from training.dataset import Batch, FeatureSet, batches, build_features, fit_preprocessing
-from training.dataset import open_sources
+from training.dataset import (
+    Batch,
+    FeatureSet,
+    batches,
+    build_features,
+    fit_preprocessing,
+    open_sources,
+    subsample,
+)
 from training.loop import RunFolder, Trainer, device
 from training.objectives import ObjectiveConfig, contrastive_terms, reconstruction_loss
 
@@ -155,6 +162,4 @@ def training_episodes(features: FeatureSet, config: PretrainConfig) -> NDArray[n
     keep = np.arange(len(features))
     if config.data.validation_fold is not None:
         keep = keep[features.fold(config.data.n_folds) != config.data.validation_fold]
-    if config.data.max_episodes is not None:
-        keep = np.sort(np.random.default_rng(config.seed).permutation(keep)[: config.data.max_episodes])
-    return keep
+    return subsample(keep, config.data.max_episodes, config.seed)

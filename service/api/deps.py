@@ -28,7 +28,7 @@ class Context:
     clock: Callable[[], datetime]
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return context
 

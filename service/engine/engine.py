@@ -1,13 +1,14 @@
 """The engine: episodes in, scores out, one tick after the other on a thread of its own.
 
 The event loop only hands over requests and receives futures. Everything else happens on the engine
-thread, between ticks, so that nothing needs a lock: featurise what came in, find the first hour whose
-features differ from what was computed before, let the scheduler pick rows, run them, publish.
+thread, between ticks, so that nothing needs a lock: featurise what came in, find the first hour
+whose features differ from what was computed before, let the scheduler pick rows, run them, publish.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from llm4ehr.bundle import Bundle
 from llm4ehr.episode import Features, featurise
+from llm4ehr.model import Task
 from service.core import BundleInfo, EpisodeView, HourScore, Overloaded, Scores
 from service.engine.backends.base import Backend
 from service.engine.metrics import EngineMetrics
@@ -62,7 +64,7 @@ class _State:
     seq: int
     features: Features
     hidden: NDArray[np.float32]  # [max hours, H]
-    raw: dict[str, NDArray[np.float32]]  # [max hours, n]
+    raw: dict[Task, NDArray[np.float32]]  # [max hours, n]
     scratch: bool
     valid: int = 0
     hours: list[HourScore] = field(default_factory=list)
@@ -204,7 +206,9 @@ class OnlineEngine:
         network, view = self._bundle.network, request.view
         state = self._states.get(request.key)
         # Whoever waits for more hours than this request asks for shall still get them.
-        n_hours = max([request.n_hours, *(r.n_hours for r in state.waiting)] if state else [request.n_hours])
+        n_hours = max(
+            [request.n_hours, *(r.n_hours for r in state.waiting)] if state else [request.n_hours]
+        )
         features = featurise(view.episode, network.vocabulary, network.preprocessing, n_hours)
         if state is None:
             state = self._new_state(request, features)
@@ -232,7 +236,9 @@ class OnlineEngine:
         )
         self._states[request.key] = state
         if len(self._states) > self._max_states:
-            idle = next((k for k, s in self._states.items() if not s.waiting and s is not state), None)
+            idle = next(
+                (k for k, s in self._states.items() if not s.waiting and s is not state), None
+            )
             if idle is not None:
                 self._drop(idle, EngineStopped("dropped"))
         return state
@@ -278,7 +284,7 @@ class OnlineEngine:
         }
         imputed = 1.0 - state.features.observed[first:n].mean(axis=1)
 
-        def one(task: str, i: int) -> float | None:
+        def one(task: Task, i: int) -> float | None:
             return answers[task][i][0] if task in answers else None
 
         return [
@@ -340,7 +346,5 @@ def _settle(future: asyncio.Future[Scores], outcome: Scores | Exception) -> None
         else:
             future.set_result(outcome)
 
-    try:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
         future.get_loop().call_soon_threadsafe(settle)
-    except RuntimeError:
-        pass  # the loop is closed: nobody waits any more

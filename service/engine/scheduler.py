@@ -5,8 +5,8 @@ A *stay* here is anything that owns a slot: a live episode or a scratch computat
     rows of a stay:  |0 ... in_slot-1|in_slot ... n_hours-1|
                       K and V written   to be computed
 
-`extend(stay, from_hour)` crops what is in the slot to `from_hour`; a new hour, a correction three hours
-back, a rebuild after eviction are the same thing with other lengths.
+`extend` crops what is in the slot to an hour and computes from there: a new hour, a correction
+three hours back, a rebuild after eviction are the same thing with other lengths.
 """
 
 from __future__ import annotations

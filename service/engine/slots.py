@@ -33,7 +33,7 @@ class SlotTable:
         return self._owned.get(owner)
 
     def acquire(
-        self, owner: Hashable, busy: Iterable[Hashable]
+        self, owner: Hashable, busy: Collection[Hashable]
     ) -> tuple[int, Hashable | None] | None:
         """A slot for an owner that has none, and whom it was taken from, if from anybody.
 

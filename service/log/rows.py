@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from service.entries import Draft, Entry, from_us, to_us
+from service.entries import Draft, Entry, from_us
 
 
 def number(
     episode_id: str, head: int, drafts: Sequence[Draft], recorded_at: datetime
 ) -> list[Entry]:
-    """Give drafts their numbers after `head`."""
+    """Give drafts their numbers after `head`. Raises TypeError for a naive time."""
     return [
         Entry(
             episode_id=episode_id,
@@ -31,15 +31,15 @@ def number(
 
 
 def to_row(entry: Entry) -> tuple[Any, ...]:
-    """Values in the order of the table's columns. Raises TypeError for a naive time."""
+    """Values in the order of the table's columns. Raises ValueError for NaN in the payload."""
     return (
         entry.episode_id,
         entry.seq,
         entry.kind,
         entry.item_id,
-        None if entry.effective_at is None else to_us(entry.effective_at),
-        None if entry.available_at is None else to_us(entry.available_at),
-        to_us(entry.recorded_at),
+        entry.effective_us,
+        entry.available_us,
+        entry.recorded_us,
         entry.target,
         json.dumps(dict(entry.payload), separators=(",", ":"), allow_nan=False),
     )

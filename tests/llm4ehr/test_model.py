@@ -1,4 +1,4 @@
-"""The network: sizes of the paper, pooling, the two passes, heads, and what an optimiser may move."""
+"""The network: sizes of the paper, pooling, the two passes, heads, and what may move."""
 
 from __future__ import annotations
 

@@ -115,6 +115,8 @@ class FakeEngine:
         self.held = False
         self.full = False
         self.broken = False
+        self.secret = "failed on the value 4711 of patient 0815"
+        self.dead = False
         self.is_ready = True
         self.is_alive = True
         self.submitted: list[tuple[str, int, int]] = []
@@ -123,15 +125,13 @@ class FakeEngine:
         self._waiting: deque[tuple[EpisodeView, int, asyncio.Future[Scores]]] = deque()
 
     def submit(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
-        if self.full:
-            raise Overloaded(2)
+        self._check()
         n = max(view.head_hour + 1, n_hours or 0)
         self.submitted.append((view.episode_id, view.seq, n))
         return self._ask(view, n)
 
     def submit_as_of(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
-        if self.full:
-            raise Overloaded(2)
+        self._check()
         n = max(view.head_hour + 1, n_hours or 0)
         self.past.append((view.episode_id, view.seq, n))
         return self._ask(view, n)
@@ -157,11 +157,17 @@ class FakeEngine:
     def alive(self) -> bool:
         return self.is_alive
 
+    def _check(self) -> None:
+        if self.dead:
+            raise RuntimeError(self.secret)
+        if self.full:
+            raise Overloaded(2)
+
     def _ask(self, view: EpisodeView, n: int) -> asyncio.Future[Scores]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Scores] = loop.create_future()
         if self.broken:
-            future.set_exception(RuntimeError("secret value 4711"))
+            future.set_exception(RuntimeError(self.secret))
         elif self.held:
             self._waiting.append((view, n, future))
         else:

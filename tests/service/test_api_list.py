@@ -154,6 +154,25 @@ async def test_withdrawn_data_leaves_no_score_behind(ward: Client) -> None:
     assert rows["f"]["hour"] is rows["f"]["status"] is None
 
 
+async def test_a_score_of_withdrawn_data_does_not_come_back_with_new_data(client: Client) -> None:
+    await client.post(admitted_at=stamp(0), observations=[hr(id="wrong")])
+    await client.settle()
+    await client.post(withdrawals=[{"withdraws": "wrong"}])
+    client.engine.held = True
+    await client.post(observations=[hr(60)])
+    [row] = (await client.http.get("/episodes")).json()["episodes"]
+    assert (row["risk"], row["score_withheld"]) == (None, {"reason": "not-computed"})
+
+
+async def test_a_stay_deleted_while_it_is_scored_stays_gone(client: Client) -> None:
+    client.engine.held = True
+    await client.post(admitted_at=stamp(0), observations=[hr()])
+    await client.http.delete("/episodes/e")
+    client.engine.release()
+    await client.settle()
+    assert await listed(client) == []
+
+
 async def test_an_empty_list(client: Client) -> None:
     body = (await client.http.get("/episodes")).json()
     assert (body["episodes"], body["next_cursor"]) == ([], None)

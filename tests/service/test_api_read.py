@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.api.schemas import EmbeddingsOut, RiskOut
-from tests.service.fakes import BUNDLE, Client, creatinine, hr, running, stamp
+from tests.service.fakes import BUNDLE, Client, FakeEngine, creatinine, hr, running, stamp
 
 pytestmark = pytest.mark.anyio
 
@@ -364,6 +364,23 @@ async def test_an_overloaded_engine_costs_no_data(client: Client) -> None:
     await asyncio.sleep(0.1)
     [row] = (await client.http.get("/episodes")).json()["episodes"]
     assert (row["scored_seq"], row["score_withheld"]) == (2, None)
+
+
+async def test_data_is_taken_though_the_engine_is_dead(
+    log_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(log_path) as client:
+        await client.post(admitted_at=stamp(0), observations=[hr(60)])
+        client.engine.dead = True
+        response = await client.post(observations=[hr(70)])
+        assert (response.status_code, response.json()["seq"]) == (200, 3)
+        assert (await client.risk()).status_code == 500
+    dead = FakeEngine()
+    dead.dead = True
+    async with running(log_path, engine=dead) as client:
+        await client.settle()
+        assert (await client.http.get("/episodes")).json()["complete"] is True
+    assert "0815" not in caplog.text
 
 
 async def test_a_failing_engine_is_an_error_without_its_text(

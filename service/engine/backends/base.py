@@ -9,12 +9,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llm4ehr.model import Task
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TickResult:
     """Outputs of the rows of one tick, in their order."""
 
-    raw: dict[str, NDArray[np.float32]]  # task -> [R, n], before calibration
+    raw: dict[Task, NDArray[np.float32]]  # task -> [R, n], before calibration
     hidden: NDArray[np.float32]  # [R, H]
 
 

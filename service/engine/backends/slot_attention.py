@@ -34,9 +34,9 @@ class SlotRows:
 
 
 class SlotCache(Cache):
-    """One K and one V tensor a layer, [slots + 1, kv heads, positions, D]; the last slot is scratch.
+    """One K and one V tensor a layer, [slots + 1, kv heads, positions, D]; the last slot is scrap.
 
-    Rows that only fill up the tick write to scratch. `begin_tick` says where the rows belong.
+    Rows that only fill up the tick write to it. `begin_tick` says where the rows belong.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class SlotCache(Cache):
         shape = (n_slots + 1, n_kv_heads, positions, head_dim)
         self.keys = [torch.zeros(shape) for _ in range(n_layers)]
         self.values = [torch.zeros(shape) for _ in range(n_layers)]
-        self.scratch = n_slots
+        self.scrap = n_slots
         self._slot = torch.zeros(0, dtype=torch.long)
         self._position = torch.zeros(0, dtype=torch.long)
         self._slots: list[int] = []
         self._lengths: list[int] = []
 
     def begin_tick(self, slots: list[int], positions: list[int], n_rows: int) -> Tensor:
-        """Set the rows of the coming forward, filled up to `n_rows`; returns positions [n_rows, 1]."""
+        """Set the rows of the next forward, filled up to `n_rows`; returns hours [n_rows, 1]."""
         fill = n_rows - len(slots)
         self._slots = slots
         self._lengths = [p + 1 for p in positions]
-        self._slot = torch.tensor(slots + [self.scratch] * fill)
+        self._slot = torch.tensor(slots + [self.scrap] * fill)
         self._position = torch.tensor(positions + [0] * fill)
         return self._position[:, None]
 

@@ -19,8 +19,8 @@ class RowDependenceError(RuntimeError):
 
 
 class TorchCpuBackend:
-    """Every tick has the same number of rows, real ones first, so that the maths library always sees
-    the same shapes: many of its kernels round differently for a few rows than for many.
+    """Every tick has the same number of rows, real ones first, so that the maths library always
+    sees the same shapes: many of its kernels round differently for a few rows than for many.
     """
 
     def __init__(self, network: Network, *, n_slots: int, max_rows: int) -> None:

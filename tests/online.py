@@ -1,0 +1,201 @@
+"""The engine on tiny bundles, and the same answers worked out without it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+
+from llm4ehr.bundle import Bundle, Network, save_bundle
+from llm4ehr.calibration import default_calibration
+from llm4ehr.episode import Episode, featurise
+from service.core import EpisodeView, HourScore, Scores
+from service.engine.backends.base import Backend, TickResult
+from service.engine.backends.torch_cpu import TorchCpuBackend
+from service.engine.engine import OnlineEngine
+from service.engine.metrics import EngineMetrics
+
+HEADS = {"decompensation": 1, "mortality": 1, "remaining_los": 1, "phenotyping": 2}
+PHENOTYPES = ("sepsis", "shock")
+LABELS = {"phenotypes": list(PHENOTYPES)}
+ROWS = 16
+"""Rows of a tick in all tests: with another number the last bit may differ, and does on some machines."""
+
+_T0 = datetime(2026, 3, 1, 8, tzinfo=UTC)
+
+
+def tiny_bundle(make_network: Callable[..., Network], family: str = "gpt2", **options: Any) -> Bundle:
+    """A network with all four heads as a bundle; `make_network` is the fixture `tiny_network`."""
+    network = make_network(family, heads=HEADS, **options)
+    return Bundle(
+        name="tiny",
+        version=1,
+        digest="ab" * 32,
+        network=network,
+        calibration=default_calibration(list(HEADS)),
+        phenotypes=PHENOTYPES,
+        labels=LABELS,
+    )
+
+
+def save_tiny(make_network: Callable[..., Network], repository: Path) -> None:
+    """The same as a bundle on disk, `tiny/1`."""
+    bundle = tiny_bundle(make_network)
+    save_bundle(
+        repository, bundle.name, bundle.version, bundle.network,
+        calibration=bundle.calibration, labels=bundle.labels, metrics={}, card="# Tiny\n",
+    )  # fmt: skip
+
+
+def view_of(episode: Episode, seq: int = 1) -> EpisodeView:
+    """A view as the log would give it, with data in every hour up to the last."""
+    return EpisodeView(
+        episode_id=episode.episode_id,
+        seq=seq,
+        recorded_at=_T0,
+        admitted_at=_T0,
+        discharged_at=None,
+        deleted=False,
+        statics=episode.statics,
+        episode=episode,
+        head_hour=episode.n_hours - 1,
+        newest_effective_at=None,
+        counts={},
+        ignored={},
+        newest_us=np.zeros(200, np.int64),
+        known_us=np.zeros(200, np.int64),
+        touched_us=np.zeros(200, np.int64),
+    )
+
+
+def until(episode: Episode, n_hours: int) -> Episode:
+    """What was known of a stay at the end of its first hours."""
+    seen, happened = episode.obs_hours < n_hours, episode.ev_hours < n_hours
+    return replace(
+        episode,
+        n_hours=n_hours,
+        **{name: getattr(episode, name)[seen] for name in _OBSERVATIONS},
+        **{name: getattr(episode, name)[happened] for name in _EVENTS},
+    )
+
+
+_OBSERVATIONS = ("obs_variable", "obs_hours", "obs_value", "obs_priority")
+_EVENTS = ("ev_code", "ev_hours", "ev_value")
+
+
+def with_value(episode: Episode, hour: int, value: float) -> Episode:
+    """The stay with one more heart rate in the last minutes of an hour."""
+    return replace(
+        episode,
+        obs_variable=np.append(episode.obs_variable, np.int16(4)),
+        obs_hours=np.append(episode.obs_hours, hour + 0.99),
+        obs_value=np.append(episode.obs_value, value),
+        obs_priority=np.append(episode.obs_priority, np.int8(0)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What must come out."""
+
+    hours: tuple[HourScore, ...]
+    embeddings: NDArray[np.float32]
+
+
+class Replica:
+    """Answers without engine, scheduler or neighbours: one hour after the other in one slot."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._backend = TorchCpuBackend(bundle.network, n_slots=1, max_rows=ROWS)
+
+    def __call__(self, episode: Episode, n_hours: int | None = None) -> Answers:
+        network, calibration = self._bundle.network, self._bundle.calibration
+        n = episode.n_hours if n_hours is None else n_hours
+        features = featurise(episode, network.vocabulary, network.preprocessing, n)
+        hours, embeddings = [], np.zeros((0, network.model.backbone.hidden_size), np.float32)
+        for hour in range(len(features.series)):
+            rows = slice(hour, hour + 1)
+            result = self._backend.tick(features.series[rows], features.events[rows], [0], [hour])
+            said = {task: calibration[task](raw)[0].tolist() for task, raw in result.raw.items()}
+            hours.append(
+                HourScore(
+                    hour=hour,
+                    decompensation=said["decompensation"][0],
+                    mortality=said["mortality"][0],
+                    remaining_los_hours=said["remaining_los"][0],
+                    phenotypes=dict(zip(PHENOTYPES, said["phenotyping"], strict=True)),
+                    imputed_share=float(1.0 - features.observed[hour].mean()),
+                )
+            )
+            embeddings = np.append(embeddings, result.hidden, axis=0)
+        return Answers(tuple(hours), embeddings)
+
+
+def assert_same_bits(scores: Scores | Answers, expected: Scores | Answers) -> None:
+    """All answers and hidden states are equal, to the last bit."""
+    assert scores.hours == expected.hours
+    assert scores.embeddings.dtype == expected.embeddings.dtype == np.float32
+    assert scores.embeddings.shape == expected.embeddings.shape
+    assert scores.embeddings.tobytes() == expected.embeddings.tobytes()
+
+
+class Gate:
+    """A backend that computes only while it is open, and remembers the rows it was given."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.n_slots, self.max_rows = backend.n_slots, backend.max_rows
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self.ticks: list[list[tuple[int, int]]] = []
+        """(slot, hour) of every row."""
+        self.fault: Exception | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return sum(map(len, self.ticks))
+
+    def tick(
+        self,
+        series: NDArray[np.float32],
+        events: NDArray[np.float32],
+        slots: Sequence[int],
+        positions: Sequence[int],
+    ) -> TickResult:
+        self.entered.set()
+        assert self.open.wait(60)
+        if self.fault is not None:
+            raise self.fault
+        self.ticks.append(list(zip(slots, positions, strict=True)))
+        return self._backend.tick(series, events, slots, positions)
+
+
+@asynccontextmanager
+async def engine_on(
+    bundle: Bundle,
+    *,
+    n_slots: int = 4,
+    max_pending: int = 1000,
+    registry: CollectorRegistry | None = None,
+    backend: Backend | None = None,
+    **options: Any,
+) -> AsyncIterator[OnlineEngine]:
+    """A started engine."""
+    backend = backend or TorchCpuBackend(bundle.network, n_slots=n_slots, max_rows=ROWS)
+    metrics = EngineMetrics(registry or CollectorRegistry())
+    engine = OnlineEngine(bundle, backend, metrics, max_pending=max_pending, **options)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()

@@ -1,0 +1,188 @@
+"""The scheduler against a model of what stands in the slots. No torch, no threads, no clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from service.engine.scheduler import Row, Scheduler
+from service.engine.slots import SlotTable
+
+KEYS = st.sampled_from(["a", "b", "c", "d", "e"])
+HOURS = st.integers(0, 12)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Plays the engine. Every cell of a slot remembers whose hour was written to it, and in which
+    edition: a row may only be computed on top of the newest edition of its own stay's hours.
+    """
+
+    @initialize(n_slots=st.integers(1, 3), max_rows=st.integers(1, 7))
+    def start(self, n_slots: int, max_rows: int) -> None:
+        self.n_slots, self.max_rows = n_slots, max_rows
+        self.scheduler = Scheduler(SlotTable(n_slots))
+        self.cells: list[list[tuple[str, int, int]]] = [[] for _ in range(n_slots)]
+        self.owner: dict[int, str] = {}
+        self.edition: Counter[tuple[str, int]] = Counter()
+        self.valid: Counter[str] = Counter()
+        self.wanted: dict[str, int] = {}  # queued stays
+
+    @rule(key=KEYS, unchanged=HOURS, n_hours=HOURS)
+    def submit(self, key: str, unchanged: int, n_hours: int) -> None:
+        """A stay of `n_hours` arrives, the first `unchanged` of them as they were."""
+        n_hours = max(n_hours, self.wanted.get(key, 0))
+        for hour in range(unchanged, 13):
+            self.edition[key, hour] += 1
+        self.valid[key] = min(self.valid[key], unchanged)
+        self.scheduler.crop(key, unchanged)
+        if self.valid[key] < n_hours:
+            self.scheduler.extend(key, self.valid[key], n_hours)
+            self.wanted[key] = n_hours
+        else:
+            assert key not in self.wanted
+
+    @rule(key=KEYS)
+    def forget(self, key: str) -> None:
+        self.scheduler.forget(key)
+        self.owner = {slot: owner for slot, owner in self.owner.items() if owner != key}
+        self.wanted.pop(key, None)
+        self.valid[key] = 0
+
+    @rule()
+    def tick(self) -> None:
+        rows = self.scheduler.next_tick(self.max_rows)
+        assert len(rows) <= self.max_rows
+        assert bool(rows) == bool(self.wanted)
+        for row in rows:
+            self.write(row)
+        turns = Counter(row.key for row in rows)
+        done = self.scheduler.done(rows)
+        assert set(done) == {k for k in turns if self.wanted[k] == self.valid[k]}
+        assert len(done) == len(set(done))
+        for key in done:
+            del self.wanted[key]
+
+    def write(self, row: Row) -> None:
+        key, slot, hour = row
+        assert key in self.wanted
+        assert 0 <= slot < self.n_slots
+        if (former := self.owner.get(slot)) != key:
+            assert former not in self.wanted, "a slot was taken from a stay under way"
+            assert key not in self.owner.values(), "a stay has two slots"
+            self.owner[slot] = key
+        below = [(key, h, self.edition[key, h]) for h in range(hour)]
+        assert self.cells[slot][:hour] == below, "a row reads what is not its own, or outdated"
+        self.cells[slot] = [*below, (key, hour, self.edition[key, hour])]
+        self.valid[key] = max(self.valid[key], hour + 1)
+        assert self.valid[key] <= self.wanted[key]
+
+    @precondition(lambda self: self.wanted)
+    @rule()
+    def everything_queued_completes(self) -> None:
+        # Whoever is evicted starts again at hour 0, but nobody who is queued is ever evicted.
+        for _ in range(sum(self.wanted.values())):
+            if self.wanted:
+                self.tick()
+        assert not self.wanted
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.slots.check_integrity()
+            assert self.scheduler.waiting == len(self.wanted)
+
+    def teardown(self) -> None:
+        if hasattr(self, "scheduler") and self.wanted:
+            self.everything_queued_completes()
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=25)
+TestScheduler = SchedulerMachine.TestCase
+
+
+def scheduler(n_slots: int = 8) -> Scheduler:
+    return Scheduler(SlotTable(n_slots))
+
+
+def run(scheduler: Scheduler, max_rows: int) -> list[str]:
+    """One tick, as text: "a0 a1 b0"."""
+    rows = scheduler.next_tick(max_rows)
+    scheduler.done(rows)
+    return [f"{row.key}{row.hour}" for row in rows]
+
+
+def rebuilt(*keys: str, n_slots: int = 8, n_hours: int = 6) -> Scheduler:
+    """Stays that begin with an empty slot."""
+    made = scheduler(n_slots)
+    for key in keys:
+        made.extend(key, 0, n_hours)
+    return made
+
+
+def test_a_tick_takes_one_hour_of_each_in_turn() -> None:
+    assert run(rebuilt("a", "b", "c"), 7) == ["a0", "b0", "c0", "a1", "b1", "c1", "a2"]
+
+
+def test_a_single_stay_fills_a_tick() -> None:
+    assert run(rebuilt("a"), 16) == ["a0", "a1", "a2", "a3", "a4", "a5"]
+
+
+def test_turns_are_taken_across_ticks() -> None:
+    """With room for one row, five stays have one row each after five ticks."""
+    made = rebuilt(*"abcde")
+    for hour in range(6):
+        assert sorted(sum((run(made, 1) for _ in range(5)), [])) == [f"{k}{hour}" for k in "abcde"]
+    assert made.waiting == 0
+
+
+def test_nobody_loses_a_turn_to_a_full_tick() -> None:
+    """Live hours fill every other tick; the rebuilds between them take turns all the same."""
+    made = rebuilt("a", "b")
+    served = []
+    for i in range(8):
+        if i % 2:
+            made.extend(f"live{i}", 0, 1)
+        served += run(made, 1)
+    assert Counter(row[0] for row in served if row[0] in "ab") == {"a": 2, "b": 2}
+
+
+def test_live_hours_go_before_rebuilds() -> None:
+    made = rebuilt("old")
+    made.extend("new", 0, 1)
+    assert run(made, 3) == ["new0", "old0", "old1"]
+    made.extend("new", 1, 3)
+    assert run(made, 3) == ["new1", "new2", "old2"]
+
+
+def test_a_correction_is_live_and_costs_its_tail_alone() -> None:
+    made = rebuilt("a", "b")
+    run(made, 16)
+    made.extend("a", 4, 6)
+    assert run(made, 16) == ["a4", "a5"]
+    made.crop("a", 1)
+    made.extend("a", 5, 6)
+    assert run(made, 16) == ["a1", "a2", "a3", "a4", "a5"]
+
+
+def test_an_evicted_stay_begins_again() -> None:
+    made = rebuilt("a", n_slots=1, n_hours=3)
+    assert run(made, 9) == ["a0", "a1", "a2"]
+    made.extend("b", 0, 2)
+    assert run(made, 9) == ["b0", "b1"]
+    made.extend("a", 3, 4)
+    assert run(made, 9) == ["a0", "a1", "a2", "a3"]
+    assert made.slots.evictions == 2
+
+
+def test_more_stays_than_slots_wait_for_their_turn() -> None:
+    made = rebuilt("a", "b", "c", n_slots=2, n_hours=2)
+    assert run(made, 9) == ["a0", "b0", "a1", "b1"]
+    assert run(made, 9) == ["c0", "c1"]
+    assert made.waiting == 0
+
+
+def test_nothing_to_do_is_an_empty_tick() -> None:
+    assert run(scheduler(), 4) == []
