@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from llm4ehr.bundle import Bundle, Network, save_bundle
 from llm4ehr.calibration import default_calibration
 from llm4ehr.episode import Episode, featurise
+from llm4ehr.variables import VARIABLE_INDEX
 from service.core import EpisodeView, HourScore, Scores
 from service.engine.backends.base import Backend, TickResult
 from service.engine.backends.torch_cpu import TorchCpuBackend
@@ -27,12 +28,14 @@ HEADS = {"decompensation": 1, "mortality": 1, "remaining_los": 1, "phenotyping":
 PHENOTYPES = ("sepsis", "shock")
 LABELS = {"phenotypes": list(PHENOTYPES)}
 ROWS = 16
-"""Rows of a tick in all tests: with another number the last bit may differ, and does on some machines."""
+"""Rows of a tick in all tests: on some machines another number gives another last bit."""
 
 _T0 = datetime(2026, 3, 1, 8, tzinfo=UTC)
 
 
-def tiny_bundle(make_network: Callable[..., Network], family: str = "gpt2", **options: Any) -> Bundle:
+def tiny_bundle(
+    make_network: Callable[..., Network], family: str = "gpt2", **options: Any
+) -> Bundle:
     """A network with all four heads as a bundle; `make_network` is the fixture `tiny_network`."""
     network = make_network(family, heads=HEADS, **options)
     return Bundle(
@@ -91,15 +94,30 @@ _OBSERVATIONS = ("obs_variable", "obs_hours", "obs_value", "obs_priority")
 _EVENTS = ("ev_code", "ev_hours", "ev_value")
 
 
-def with_value(episode: Episode, hour: int, value: float) -> Episode:
-    """The stay with one more heart rate in the last minutes of an hour."""
+def with_items(
+    episode: Episode,
+    observations: Sequence[tuple[int, float, float | None]],
+    events: Sequence[tuple[str, float, float | None]] = (),
+) -> Episode:
+    """The stay with more items: (variable or code, hours, value)."""
+    of_variable, obs_hours, obs_value = zip(*observations, strict=True) if observations else [()] * 3
+    of_code, ev_hours, ev_value = zip(*events, strict=True) if events else [()] * 3
+    none = [np.nan if value is None else value for value in ev_value]
     return replace(
         episode,
-        obs_variable=np.append(episode.obs_variable, np.int16(4)),
-        obs_hours=np.append(episode.obs_hours, hour + 0.99),
-        obs_value=np.append(episode.obs_value, value),
-        obs_priority=np.append(episode.obs_priority, np.int8(0)),
+        obs_variable=np.append(episode.obs_variable, np.array(of_variable, np.int16)),
+        obs_hours=np.append(episode.obs_hours, obs_hours),
+        obs_value=np.append(episode.obs_value, obs_value),
+        obs_priority=np.append(episode.obs_priority, np.zeros(len(observations), np.int8)),
+        ev_code=np.append(episode.ev_code, np.array(of_code, object)),
+        ev_hours=np.append(episode.ev_hours, ev_hours),
+        ev_value=np.append(episode.ev_value, none),
     )
+
+
+def with_value(episode: Episode, hour: int, value: float) -> Episode:
+    """The stay with one more heart rate in the last minutes of an hour."""
+    return with_items(episode, [(VARIABLE_INDEX["hr"], hour + 0.99, value)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,8 +198,7 @@ class Gate:
         return self._backend.tick(series, events, slots, positions)
 
 
-@asynccontextmanager
-async def engine_on(
+def engine_of(
     bundle: Bundle,
     *,
     n_slots: int = 4,
@@ -189,11 +206,17 @@ async def engine_on(
     registry: CollectorRegistry | None = None,
     backend: Backend | None = None,
     **options: Any,
-) -> AsyncIterator[OnlineEngine]:
-    """A started engine."""
+) -> OnlineEngine:
+    """An engine that was not started."""
     backend = backend or TorchCpuBackend(bundle.network, n_slots=n_slots, max_rows=ROWS)
     metrics = EngineMetrics(registry or CollectorRegistry())
-    engine = OnlineEngine(bundle, backend, metrics, max_pending=max_pending, **options)
+    return OnlineEngine(bundle, backend, metrics, max_pending=max_pending, **options)
+
+
+@asynccontextmanager
+async def engine_on(bundle: Bundle, **options: Any) -> AsyncIterator[OnlineEngine]:
+    """An engine that runs."""
+    engine = engine_of(bundle, **options)
     engine.start()
     try:
         yield engine

@@ -161,6 +161,8 @@ class OnlineEngine:
         future.add_done_callback(self._answered)
         n = min(max(view.head_hour + 1, n_hours or 0), self._bundle.network.preprocessing.max_hours)
         self._inbox.put(_Request(key, view, n, scratch, future, time.monotonic()))
+        if not self.alive():  # it died since, and may have emptied the inbox before this
+            _settle(future, EngineStopped("the engine stopped"))
         return future
 
     def _answered(self, _: asyncio.Future[Scores]) -> None:
@@ -263,7 +265,7 @@ class OnlineEngine:
     def _publish(self, key: Hashable, state: _State) -> None:
         """Answer everyone who waits for this stay."""
         first, n = len(state.hours), state.n_hours
-        if not np.isfinite(state.hidden[first:n]).all():
+        if not all(np.isfinite(a[first:n]).all() for a in (state.hidden, *state.raw.values())):
             self._drop(key, ModelFault("the model gave a number that is not finite"))
             return
         state.hours += self._answers(state, first, n)
@@ -332,6 +334,7 @@ def _common_hours(old: Features, new: Features) -> int:
     """Number of leading hours in which the features are the same, bit for bit."""
     n = min(len(old.series), len(new.series))
     differs = (old.series[:n] != new.series[:n]).any(1) | (old.events[:n] != new.events[:n]).any(1)
+    differs |= (old.observed[:n] != new.observed[:n]).any(1)  # answers show it; not all inputs do
     return int(np.argmax(differs)) if differs.any() else n
 
 

@@ -79,7 +79,8 @@ class Scheduler:
         """
         rows: list[Row] = []
         for queue in (self._live, self._rebuild):
-            self._fill(queue, rows, max_rows)
+            if len(rows) < max_rows:  # a queue that gets no row keeps its order of turns
+                self._fill(queue, rows, max_rows)
         return rows
 
     def _fill(self, queue: deque[Hashable], rows: list[Row], max_rows: int) -> None:

@@ -27,7 +27,8 @@ from training.pretrain import build_model
 Config = Callable[..., dict[str, Any]]
 BIDIRECTIONAL = ("bert", "roberta", "longformer")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "first", "ninth", "dec", "##ile"]
-WORDS += ["lac", "##tate", "mechanical", "vent", "##il", "##ation"]
+WORDS += ["lac", "##tate", "mechanical", "vent", "##il", "##ation", "heart", "rate"]
+GPT2_WORDS = {word: i for i, word in enumerate([*WORDS[5:], "<unk>", "decile"])}
 
 
 def build(config: dict[str, Any], mode: str = "causal", *, frozen: bool = True) -> Backbone:
@@ -54,8 +55,7 @@ def save_checkpoint(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
     filled = AutoConfig.for_model(**config, vocab_size=len(WORDS))
     AutoModel.from_config(filled).to(dtype).save_pretrained(folder)
     if config["model_type"] == "gpt2":
-        vocabulary = {w: i for i, w in enumerate([*WORDS[5:], "<unk>", "decile"])}
-        raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        raw = Tokenizer(models.WordLevel(GPT2_WORDS, unk_token="<unk>"))
         raw.pre_tokenizer = pre_tokenizers.Whitespace()
         PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>").save_pretrained(folder)
     else:
@@ -244,7 +244,7 @@ def test_new_tokens_start_as_the_mean_of_their_descriptors_pieces(
     }[family]
     ids = {w: i for i, w in enumerate(WORDS)}
     if family == "gpt2":
-        ids = {w: i for i, w in enumerate([*WORDS[5:], "<unk>", "decile"])}
+        ids = GPT2_WORDS
     for token, words in pieces.items():
         expected = table[[ids[w] for w in words]].mean(0)
         torch.testing.assert_close(model.tokens.weight[token], expected, rtol=0, atol=1e-7)
@@ -287,3 +287,15 @@ def test_an_unreachable_source_says_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(BackboneError, match="put its config, tokenizer and safetensors") as e:
             load_backbone(source)
         assert re.escape(str(source)) in re.escape(str(e.value))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_folder_without_its_tokenizer_is_refused(
+    family: str, tiny_config: Config, tmp_path: Path
+) -> None:
+    """Otherwise one is made up, and every descriptor becomes the unknown word or NaN."""
+    save_checkpoint(tmp_path, tiny_config(family), torch.float32)
+    for file in tmp_path.glob("token*"):
+        file.unlink()
+    with pytest.raises(BackboneError, match="tokenizer"):
+        load_backbone(tmp_path)

@@ -77,20 +77,26 @@ def test_simultaneous_values_give_their_median(
     make_episode: Make, values: list[float], median: float
 ) -> None:
     tied = [("hr", 1.5, v) for v in values]
-    grid = hourly_grid(make_episode([*tied, ("hr", 1.5, 300, 1), ("hr", 1.4, 200)]), 2)
-    assert column(grid, "hr")[0][1] == median
+    for beside in (("hr", 1.5, 300, 1), ("hr", 1.4, 300), ("sbp", 1.5, 300), ("hr", 0.5, 300)):
+        grid = hourly_grid(make_episode([*tied, beside]), 2)
+        assert column(grid, "hr")[0][1] == median
 
 
 @pytest.mark.parametrize(
     ("hours", "left", "right"),
     [
         *[(0.0, 0, 0), (0.5, 0, 0), (1.0, 1, 0), (np.nextafter(1, 2), 1, 1), (1.5, 1, 1)],
-        *[(2.0, 2, 1), (47.99, 47, 47), (48.0, 48, 47), (-0.01, -1, -1), (-3.0, -3, -1)],
+        *[(2.0, 2, 1), (47.99, 47, 47), (48.0, 48, 47)],
     ],
 )
 def test_an_hour_owns_one_of_its_borders(hours: float, left: int, right: int) -> None:
     assert hour_of(hours, "left") == left
     assert hour_of(hours, "right") == right
+
+
+def test_before_admission_there_is_no_hour() -> None:
+    for edge in ("left", "right"):
+        assert (hour_of(np.array([-0.01, -1.0, -2.5]), edge) < 0).all()
 
 
 def test_the_bin_edge_reaches_the_grid_events_and_tokens(road: Any) -> None:

@@ -193,6 +193,11 @@ def test_event_padding_is_inert_and_the_begin_token_is_dropped(
     assert torch.isfinite(z).all()  # also where a stay has no event at all
     changed = torch.where(mask, ids, (ids + 1) % N_TOKENS)
     assert torch.equal(model.encode_events(changed, mask)[mask], z[mask])
+    third = ids.clone()
+    third[0, 3] = (ids[0, 3] + 1) % N_TOKENS
+    other = model.encode_events(third, mask)[0]
+    assert torch.equal(other[:3], z[0, :3])  # row i is token i, and sees what came before
+    assert not torch.equal(other[3], z[0, 3])
     assert model.max_tokens == model.backbone.context_length - begin_token
     if begin_token:
         model.begin.add_(torch.randn_like(model.begin))

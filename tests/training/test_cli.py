@@ -101,11 +101,11 @@ def test_a_wrong_configuration_is_one_line(
     assert "seed" in message
     write(path, body)
     assert "optim.epoch" in failed(capsys, "pretrain", path, "--set", "optim.epoch=1")
-    leak = "data.sources=[{store: " + str(store_2012) + ", splits: [c]}]"
-    assert "evaluation only" in failed(capsys, "pretrain", path, "--set", leak)
-    missing = "data.sources=[{store: nowhere, splits: [a]}]"
-    assert "nowhere" in failed(capsys, "pretrain", path, "--set", missing)
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    for store, split, reason in ((store_2012, "c", "evaluation only"), ("nowhere", "a", "nowhere")):
+        sources = f"data.sources=[{{store: {store}, splits: [{split}]}}]"
+        run = f"run={tmp_path / split}"
+        assert reason in failed(capsys, "pretrain", path, "--set", sources, "--set", run)
+        assert not (tmp_path / split / "checkpoint").exists()
 
 
 def test_a_backbone_that_cannot_be_loaded_is_one_line(

@@ -122,15 +122,28 @@ def test_epochs_are_chosen_by_certain_hours_of_the_task() -> None:
 def test_heads_are_added_and_the_rest_is_carried_over(pretrained: Path, config: Config) -> None:
     old = load_network(pretrained)
     for tuning in ("linear", "end_to_end"):
-        network = with_heads(old, config(pretrained, tuning=tuning, dropout=0.3))
+        network = with_heads(old, config(pretrained, tuning=tuning))
         assert set(network.model.config.heads) == set(TASKS)
         for name, value in old.model.state_dict().items():
             assert torch.equal(network.model.state_dict()[name], value)
         free = {n.split(".")[0] for n, p in network.model.named_parameters() if p.requires_grad}
         everything = {"heads"} | ({"backbone", "series_encoder"} if tuning != "linear" else set())
         assert free == everything
-        assert network.model.backbone.model.config.resid_pdrop == 0.3
         assert network.preprocessing == old.preprocessing
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [("gpt2", "resid_pdrop"), ("opt", "dropout"), ("bert", "hidden_dropout_prob")],
+)
+def test_dropout_replaces_that_of_pretraining(
+    family: str, key: str, tiny_network: Callable[..., Network], config: Config, tmp_path: Path
+) -> None:
+    old = tiny_network(family, frozen=False, heads={})
+    network = with_heads(old, config(tmp_path, tuning="end_to_end", dropout=0.3))
+    assert getattr(network.model.backbone.model.config, key) == 0.3
+    unchanged = with_heads(old, config(tmp_path, tuning="end_to_end"))
+    assert getattr(unchanged.model.backbone.model.config, key) == 0.1
 
 
 @pytest.mark.parametrize("ts_norm", ["layer", "batch"])

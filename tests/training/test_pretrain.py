@@ -267,9 +267,9 @@ def test_presets_train_and_say_whether_they_may_be_streamed(
 def test_a_frozen_backbone_is_rounded_once_and_stays(
     preprocessing: Preprocessing, vocabulary: Vocabulary, tiny_config: Body, tmp_path: Path
 ) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "creatinine"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "creatinine", "heart", "rate"]
     (tmp_path / "checkpoint").mkdir()
-    config = BertConfig(**tiny_config("bert", vocab_size=6))
+    config = BertConfig(**tiny_config("bert", vocab_size=len(words)))
     BertModel(config).save_pretrained(tmp_path / "checkpoint")
     tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(words)})
     tokenizer.save_pretrained(tmp_path / "checkpoint")

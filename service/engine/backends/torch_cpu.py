@@ -26,6 +26,8 @@ class TorchCpuBackend:
     def __init__(self, network: Network, *, n_slots: int, max_rows: int) -> None:
         if not network.causal:
             raise ValueError("this network reads later hours and cannot be streamed")
+        if network.preprocessing.max_hours > network.model.backbone.context_length:
+            raise ValueError("the backbone has fewer positions than a stay may have hours")
         # A copy: the attention implementation is a property of the backbone's config.
         self._model = copy.deepcopy(network.model).eval()
         self._model.backbone.model.set_attn_implementation(ATTENTION)

@@ -1,0 +1,324 @@
+"""The online engine on a real backend: who is answered with what, and what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from llm4ehr.bundle import Bundle, Network
+from llm4ehr.episode import Episode, empty_episode
+from llm4ehr.model import LLM4EHR
+from service.core import BundleInfo, Overloaded
+from service.engine.backends.torch_cpu import TorchCpuBackend
+from service.engine.engine import EngineStopped
+from tests.online import (
+    HEADS,
+    PHENOTYPES,
+    ROWS,
+    Gate,
+    Replica,
+    assert_same_bits,
+    engine_on,
+    tiny_bundle,
+    until,
+    view_of,
+    with_value,
+)
+
+pytestmark = pytest.mark.anyio
+
+Stay = Callable[..., Episode]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_network: Callable[..., Network]) -> Bundle:
+    return tiny_bundle(tiny_network)
+
+
+@pytest.fixture(scope="module")
+def replica(bundle: Bundle) -> Replica:
+    return Replica(bundle)
+
+
+@pytest.fixture(scope="module")
+def stay(random_episode: Stay) -> Episode:
+    return random_episode(1, 30)
+
+
+def gate(bundle: Bundle, n_slots: int = 4) -> Gate:
+    return Gate(TorchCpuBackend(bundle.network, n_slots=n_slots, max_rows=ROWS))
+
+
+async def held(gate: Gate, submit: Callable[[], asyncio.Future]) -> asyncio.Future:
+    """Close the gate, submit, and come back when the engine stands before it."""
+    gate.open.clear()
+    gate.entered.clear()
+    future = submit()
+    await asyncio.to_thread(gate.entered.wait, 60)
+    return future
+
+
+async def test_answers_every_hour(
+    family: str, tiny_network: Callable[..., Network], stay: Episode
+) -> None:
+    bundle = tiny_bundle(tiny_network, family)
+    async with engine_on(bundle) as engine:
+        scores = await engine.submit(view_of(stay, seq=7))
+    assert scores.seq == 7
+    assert_same_bits(scores, Replica(bundle)(stay))
+    assert len({h.mortality for h in scores.hours}) == 30  # the network looks at its input
+
+
+async def test_hours_without_data_and_stays_without_hours(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    nothing = empty_episode("nothing")
+    async with engine_on(bundle) as engine:
+        assert (await engine.submit(view_of(nothing))).hours == ()
+        assert_same_bits(await engine.submit(view_of(nothing), 3), replica(nothing, 3))
+        assert_same_bits(
+            await engine.submit(view_of(until(stay, 10)), 14), replica(until(stay, 10), 14)
+        )
+        assert_same_bits(await engine.submit(view_of(stay), 4), replica(stay))
+        assert len((await engine.submit(view_of(stay), 500)).hours) == 200
+
+
+async def test_growing_hour_by_hour_computes_each_hour_once(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        for n in range(1, 31):
+            scores = await engine.submit(view_of(until(stay, n), seq=n))
+            assert_same_bits(scores, replica(until(stay, n)))
+    assert [hour for tick in backend.ticks for _, hour in tick] == list(range(30))
+
+
+async def test_a_correction_computes_its_tail_again(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        before = await engine.submit(view_of(stay))
+        corrected = with_value(stay, 21, 143.0)
+        after = await engine.submit(view_of(corrected, seq=2))
+        n_rows = backend.n_rows
+        assert_same_bits(await engine.submit(view_of(corrected, seq=3)), after)
+        back = await engine.submit(view_of(stay, seq=4))
+    assert n_rows == 30 + 9
+    assert backend.n_rows == n_rows + 9  # the same features again cost nothing
+    assert_same_bits(after, replica(corrected))
+    assert after.hours[:21] == before.hours[:21]
+    assert after.hours[21] != before.hours[21]
+    assert_same_bits(back, before)
+
+
+async def test_a_stay_may_shrink_and_grow(bundle: Bundle, replica: Replica, stay: Episode) -> None:
+    async with engine_on(bundle) as engine:
+        for seq, n in enumerate((30, 5, 12, 0, 30, 29, 30), start=1):
+            scores = await engine.submit(view_of(until(stay, n), seq=seq))
+            assert_same_bits(scores, replica(until(stay, n)))
+
+
+async def test_what_is_not_an_input_is_up_to_date_too(
+    tiny_network: Callable[..., Network], make_episode: Stay
+) -> None:
+    """A value measured to be what was carried forward changes no feature, but fewer are imputed."""
+    bundle = tiny_bundle(tiny_network)
+    values_only = replace(bundle.network.preprocessing, observed_inputs=False)
+    model = LLM4EHR(replace(bundle.network.model.config, n_series=values_only.n_series))
+    network = replace(bundle.network, model=model.eval(), preprocessing=values_only)
+    bundle = replace(bundle, network=network)
+    before = make_episode([("hr", 0.5, 80.0), ("hr", 2.5, 90.0)], n_hours=3)
+    after = make_episode([("hr", 0.5, 80.0), ("hr", 1.5, 80.0), ("hr", 2.5, 90.0)], n_hours=3)
+    async with engine_on(bundle) as engine:
+        await engine.submit(view_of(before))
+        scores = await engine.submit(view_of(after, seq=2))
+    assert_same_bits(scores, Replica(bundle)(after))
+
+
+# Many requests for one stay.
+
+
+async def test_only_the_newest_view_is_computed(
+    bundle: Bundle, replica: Replica, stay: Episode, random_episode: Stay
+) -> None:
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        first = await held(backend, lambda: engine.submit(view_of(random_episode(2, 3))))
+        futures = [engine.submit(view_of(until(stay, n), seq=n)) for n in range(1, 31)]
+        backend.open.set()
+        scores = await asyncio.gather(*futures)
+        await first
+    assert {s.seq for s in scores} == {30}
+    for s in scores:
+        assert_same_bits(s, replica(stay))
+    assert backend.n_rows == 3 + 30
+
+
+async def test_a_view_that_comes_while_an_older_one_is_computed(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    """The first tick of the old view is under way: what it computes of changed hours is dropped."""
+    corrected = with_value(stay, 3, 155.0)
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        old = await held(backend, lambda: engine.submit(view_of(stay, seq=1)))
+        new = engine.submit(view_of(corrected, seq=2))
+        backend.open.set()
+        for scores in await asyncio.gather(old, new):
+            assert scores.seq == 2
+            assert_same_bits(scores, replica(corrected))
+    hours = [hour for tick in backend.ticks for _, hour in tick]
+    assert hours == [*range(16), *range(3, 30)]
+
+
+async def test_everyone_gets_the_hours_they_asked_for(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    known = until(stay, 6)
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        first = await held(backend, lambda: engine.submit(view_of(known), 20))
+        futures = [engine.submit(view_of(known), n) for n in (None, 26, 3, 12)]
+        backend.open.set()
+        for scores in await asyncio.gather(first, *futures):
+            assert_same_bits(scores, replica(known, 26))
+    assert backend.n_rows == 26
+
+
+async def test_a_cancelled_request_costs_nothing(bundle: Bundle, stay: Episode) -> None:
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        first = await held(backend, lambda: engine.submit(view_of(until(stay, 2))))
+        lost = engine.submit(view_of(stay, seq=2))
+        lost.cancel()
+        backend.open.set()
+        assert (await first).seq == 1
+        await engine.submit_as_of(view_of(until(stay, 1)))
+    assert backend.n_rows == 2 + 1
+
+
+# Past views.
+
+
+async def test_a_past_view_leaves_the_live_one_alone(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        await engine.submit(view_of(stay, seq=9))
+        past = with_value(until(stay, 12), 5, 44.0)
+        for _ in range(2):
+            scores = await engine.submit_as_of(view_of(past, seq=4), 13)
+            assert scores.seq == 4
+            assert_same_bits(scores, replica(past, 13))
+        n_rows = backend.n_rows
+        live = await engine.submit(view_of(stay, seq=9))
+    assert_same_bits(live, replica(stay))
+    assert backend.n_rows == n_rows == 30 + 2 * 13  # nothing kept of the past, all of the present
+
+
+async def test_past_views_share_the_only_slot(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    async with engine_on(bundle, n_slots=1) as engine:
+        live = engine.submit(view_of(stay, seq=30))
+        past = [engine.submit_as_of(view_of(until(stay, n), seq=n)) for n in (3, 17, 25)]
+        assert [s.seq for s in await asyncio.gather(live, *past)] == [30, 3, 17, 25]
+        for n, future in zip((3, 17, 25), past, strict=True):
+            assert_same_bits(future.result(), replica(until(stay, n)))
+        grown = with_value(stay, 30, 99.0)
+        assert_same_bits(await engine.submit(view_of(grown, seq=31), 31), replica(grown, 31))
+
+
+# Many stays.
+
+
+async def test_more_stays_than_slots(
+    bundle: Bundle, replica: Replica, random_episode: Stay
+) -> None:
+    stays = [random_episode(seed, 10 + 3 * seed) for seed in range(9)]
+    registry = CollectorRegistry()
+    async with engine_on(bundle, n_slots=2, registry=registry) as engine:
+        for n in (8, 10, 10_000):
+            futures = [engine.submit(view_of(until(s, min(n, s.n_hours)), seq=n)) for s in stays]
+            for stay, scores in zip(stays, await asyncio.gather(*futures), strict=True):
+                assert_same_bits(scores, replica(until(stay, min(n, stay.n_hours))))
+
+        def metric(name: str, **labels: str) -> float | None:
+            return registry.get_sample_value(name, labels)
+
+        assert metric("llm4ehr_kv_evictions_total") >= 7  # the first round alone
+        assert metric("llm4ehr_engine_rows_total", kind="new") == sum(s.n_hours for s in stays)
+        assert metric("llm4ehr_engine_rows_total", kind="again") > 0
+        assert metric("llm4ehr_kv_slots", state="used") == 2
+        assert metric("llm4ehr_engine_pending_stays") == 0
+
+
+async def test_states_are_bounded(bundle: Bundle, replica: Replica, random_episode: Stay) -> None:
+    stays = [random_episode(seed, 4) for seed in range(6)]
+    async with engine_on(bundle, max_states=2) as engine:
+        for stay in (*stays, *stays):
+            assert_same_bits(await engine.submit(view_of(stay)), replica(stay))
+        assert len(engine._states) == 2
+        futures = [engine.submit(view_of(stay)) for stay in stays]
+        for stay, scores in zip(stays, await asyncio.gather(*futures), strict=True):
+            assert_same_bits(scores, replica(stay))
+
+
+async def test_a_forgotten_stay_is_gone(bundle: Bundle, replica: Replica, stay: Episode) -> None:
+    registry, backend = CollectorRegistry(), gate(bundle)
+    async with engine_on(bundle, backend=backend, registry=registry) as engine:
+        engine.forget("never seen")
+        waiting = await held(backend, lambda: engine.submit(view_of(stay)))
+        engine.forget(stay.episode_id)
+        again = engine.submit(view_of(until(stay, 5), seq=2))
+        backend.open.set()
+        with pytest.raises(EngineStopped):
+            await waiting
+        assert_same_bits(await again, replica(until(stay, 5)))
+        engine.forget(stay.episode_id)
+        await engine.submit_as_of(view_of(until(stay, 1)))
+        assert engine._states == {}
+        assert engine._slots.used == 0
+
+
+# Load.
+
+
+async def test_no_more_is_taken_than_can_wait(bundle: Bundle, stay: Episode) -> None:
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend, max_pending=3) as engine:
+        first = await held(backend, lambda: engine.submit(view_of(stay)))
+        others = [engine.submit_as_of(view_of(stay)), engine.submit(view_of(stay))]
+        assert not engine.ready()
+        for submit in (engine.submit, engine.submit_as_of):
+            with pytest.raises(Overloaded):
+                submit(view_of(stay))
+        others.pop().cancel()
+        await asyncio.sleep(0)
+        assert engine.ready()
+        others.append(engine.submit(view_of(stay)))
+        backend.open.set()
+        await asyncio.gather(first, *others)
+        await asyncio.sleep(0)
+        assert engine.ready()
+        await engine.submit(view_of(stay))
+
+
+async def test_says_which_bundle_answers(bundle: Bundle) -> None:
+    async with engine_on(bundle) as engine:
+        assert engine.bundle == BundleInfo(
+            name="tiny",
+            version="1",
+            digest=bundle.digest,
+            preprocessing_digest=bundle.network.preprocessing_digest,
+            tasks=tuple(HEADS),
+            phenotypes=PHENOTYPES,
+            causal=True,
+        )
