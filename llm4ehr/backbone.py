@@ -151,9 +151,13 @@ def load_backbone(
     """
     try:
         # transformers loads in the checkpoint's dtype unless told otherwise.
-        native = AutoModel.from_pretrained(source, dtype=torch.float32)
+        native = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
+        # Without its files transformers makes up a tokenizer that knows no word.
+        words = tokenizer("heart rate", add_special_tokens=False)["input_ids"]
+        if set(words) <= {tokenizer.unk_token_id}:
+            raise OSError("it has no tokenizer files")
+    except (OSError, ValueError) as error:
         raise BackboneError(
             f"cannot load the backbone {str(source)!r}: {error}. Without access to the Hugging "
             "Face hub, put its config, tokenizer and safetensors files into one folder and name "

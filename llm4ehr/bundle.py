@@ -169,6 +169,8 @@ def load_bundle(repository: Path, name: str, version: int) -> Bundle:
     if (manifest.get("name"), manifest.get("version")) != (name, version):
         raise BundleError(f"{folder / 'manifest.json'}: made for another name or version")
     files = manifest.get("files", {})
+    if unknown := sorted(files.keys() - set(_BUNDLE_FILES)):
+        raise BundleError(f"{folder / 'manifest.json'}: hash for the unknown file {unknown[0]}")
     for file in _BUNDLE_FILES:
         if file not in files:
             raise BundleError(f"{folder / 'manifest.json'}: no hash for {file}")

@@ -23,6 +23,10 @@ class OutputMap:
     a: float = 1.0
     b: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("platt", "log_days", "days"):
+            raise ValueError(f"unknown kind of calibration {self.kind!r}")
+
     def __call__(self, raw: NDArray[np.floating]) -> NDArray[np.float64]:
         """Apply to raw outputs of any shape, in float64."""
         x = self.a * np.asarray(raw, dtype=np.float64) + self.b

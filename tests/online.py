@@ -100,7 +100,9 @@ def with_items(
     events: Sequence[tuple[str, float, float | None]] = (),
 ) -> Episode:
     """The stay with more items: (variable or code, hours, value)."""
-    of_variable, obs_hours, obs_value = zip(*observations, strict=True) if observations else [()] * 3
+    of_variable, obs_hours, obs_value = (
+        zip(*observations, strict=True) if observations else [()] * 3
+    )
     of_code, ev_hours, ev_value = zip(*events, strict=True) if events else [()] * 3
     none = [np.nan if value is None else value for value in ev_value]
     return replace(

@@ -49,8 +49,7 @@ def chain(data: Path, out: Path, size: Literal["demo", "full"]) -> Path:
             *(_DEMO_PRETRAIN if size == "demo" else []),
         ],
     )
-    if not (pretrain_config.run / "result.json").exists():
-        pretrain(pretrain_config)
+    pretrain(pretrain_config)
 
     finetune_config = load_config(
         FinetuneConfig,
@@ -63,8 +62,7 @@ def chain(data: Path, out: Path, size: Literal["demo", "full"]) -> Path:
             *(_DEMO_FINETUNE if size == "demo" else []),
         ],
     )
-    if not (finetune_config.run / "result.json").exists():
-        finetune(finetune_config)
+    finetune(finetune_config)
 
     results = out / "evaluation"
     evaluate(finetune_config.run, stores["physionet2012"], "b", results)

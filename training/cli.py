@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run_command(arguments)
     except (BackboneError, BundleError, ConfigError, OSError, StoreError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     return 0
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from llm4ehr.model import Task
 from training.labels import LabelAlign
@@ -200,14 +208,21 @@ def load_config(kind: type[C], path: Path, overrides: list[str] | None = None) -
         key, eq, value = override.partition("=")
         if not eq:
             raise ConfigError(f"override {override!r}: expected key.path=value")
-        nested: Any = yaml.safe_load(value)
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: {error}") from error
         for part in reversed(key.split(".")):
             nested = {part: nested}
         body = _merge(body, nested)
     try:
         return kind.model_validate(body)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(str(part) for part in e['loc']) or 'file'}: {e['msg']}"
+            for e in error.errors()
+        ]
+        raise ConfigError(f"{path}: {'; '.join(wrong)}") from error
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,7 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
         run = config.run / f"fold{fold}"
         data = config.data.model_copy(update={"validation_fold": fold})
         one = config.model_copy(update={"run": run, "data": data})
-        if not (run / "result.json").exists():
-            finetune(one)
+        finetune(one)
         network, calibration, threshold = load_scorer(run)
         thresholds.append(threshold)
         for store, splits in open_sources(config.data.sources, training=True):

@@ -261,6 +261,8 @@ def _write_features(
         meta["episode_ids"].append(record.episode.episode_id)
         meta["subjects"].append(f"{store.info.source}/{record.subject_id}")
         meta["sources"].append(store.info.source)
+    if not lengths:
+        raise ValueError("no episodes with an hour to learn from in the chosen splits")
     partial = folder.with_name(folder.name + f".{os.getpid()}.partial")
     partial.mkdir(parents=True)
     for name, arrays in parts.items():

@@ -58,6 +58,8 @@ def load_scorer(model: Path) -> tuple[Network, Calibration, dict[str, float]]:
         bundle = load_bundle(model.parent.parent, model.parent.name, int(model.name))
         return bundle.network, bundle.calibration, bundle.labels["thresholds"]
     network = load_network(model)
+    if not network.model.config.heads:
+        raise ValueError(f"{model}: the network has no heads; name a fine-tuning run or a bundle")
     calibration = default_calibration(list(network.model.config.heads))
     result = json.loads((model / "result.json").read_text())
     for task, (a, b) in result["platt"].items():
@@ -99,7 +101,7 @@ def task_metrics(table: dict[str, NDArray[Any]], thresholds: dict[str, float]) -
     if "mortality" in table:
         at = (table["hour"] == MORTALITY_HOUR) & ~np.isnan(table["label_mortality"])
         if at.any():
-            report["mortality_at_48h"] = _mortality(table, at, thresholds["mortality"])
+            report["mortality_at_48h"] = _mortality(table, at, thresholds.get("mortality"))
     if "decompensation" in table:
         sure = certain(table["label_decompensation"])
         if sure.any():
@@ -121,12 +123,14 @@ def task_metrics(table: dict[str, NDArray[Any]], thresholds: dict[str, float]) -
 
 
 def _mortality(
-    table: dict[str, NDArray[Any]], at: NDArray[np.bool_], threshold: float
+    table: dict[str, NDArray[Any]], at: NDArray[np.bool_], threshold: float | None
 ) -> dict[str, Any]:
     y, p, who = table["label_mortality"][at], table["mortality"][at], table["subject"][at]
-    return _probability(table, "mortality", at) | {
-        "s1": _with_interval(lambda a, b: m.physionet_s1(a, b, threshold), who, y, p),
-        "s1_threshold": threshold,
+    report = _probability(table, "mortality", at)
+    if threshold is not None:
+        report["s1"] = _with_interval(lambda a, b: m.physionet_s1(a, b, threshold), who, y, p)
+        report["s1_threshold"] = threshold
+    return report | {
         "s1_best_threshold_on_this_split": m.physionet_s1(y, p, m.s1_threshold(y, p)),
         "h": _with_interval(m.physionet_h, who, y, p),
     }
@@ -151,7 +155,9 @@ def _probability(
 
 def _with_interval(
     metric: Any, who: NDArray[Any], y: NDArray[Any], p: NDArray[Any]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     # Hourly tasks have many rows: fewer repeats give the interval to the digits that are shown.
     low, high = m.bootstrap(metric, who, y, p, repeats=1000 if len(y) < 20_000 else 200)
-    return {"value": float(metric(y, p)), "ci95_low": low, "ci95_high": high}
+    values = {"value": float(metric(y, p)), "ci95_low": low, "ci95_high": high}
+    # JSON has no NaN or infinity: a metric that is not defined on these rows is null.
+    return {name: v if np.isfinite(v) else None for name, v in values.items()}

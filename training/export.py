@@ -137,10 +137,11 @@ def _metrics_section(metrics: dict[str, Any]) -> list[str]:
         lines += [f"**{_TASK_TITLES[task]}**", "", "| metric | value |", "|---|---|"]
         for metric, value in values.items():
             if isinstance(value, dict):
-                lines.append(
-                    f"| {metric} | {value['value']:.3f} "
-                    f"({value['ci95_low']:.3f} to {value['ci95_high']:.3f}) |"
-                )
+                shown = [
+                    "not defined" if value[k] is None else f"{value[k]:.3f}"
+                    for k in ("value", "ci95_low", "ci95_high")
+                ]
+                lines.append(f"| {metric} | {shown[0]} ({shown[1]} to {shown[2]}) |")
             elif isinstance(value, float):
                 lines.append(f"| {metric} | {value:.3f} |")
             else:

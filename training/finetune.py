@@ -54,12 +54,15 @@ def with_heads(network: Network, config: FinetuneConfig) -> Network:
     old = network.model
     backbone = old.config.backbone
     if config.dropout is not None:
+        # Attention keeps its own rate: the fused kernels are fast without dropout only.
         rates = {
-            k: config.dropout for k in backbone.config if k.endswith(("_pdrop", "dropout_prob"))
+            key: config.dropout
+            for key in old.backbone.model.config.to_dict()
+            if key.endswith(("pdrop", "dropout", "dropout_prob")) and not key.startswith("att")
         }
         backbone = replace(backbone, config=backbone.config | rates)
-    if config.tuning == "end_to_end":
-        backbone = replace(backbone, frozen=False)
+    # A backbone trained from random weights comes as not frozen; linear tuning freezes it too.
+    backbone = replace(backbone, frozen=config.tuning == "linear")
     model = LLM4EHR(replace(old.config, backbone=backbone, heads=dict.fromkeys(config.tasks, 1)))
     missing, unexpected = model.load_state_dict(old.state_dict(), strict=False)
     assert not unexpected
@@ -104,12 +107,18 @@ def selection_score(task: Task, outputs: dict[str, NDArray[np.float32]]) -> floa
 
 
 def finetune(config: FinetuneConfig) -> Network:
-    """Run (or resume) a fine-tuning; the best epoch on the validation fold is kept."""
-    run = RunFolder(config.run, "finetune", config)
-    torch.manual_seed(config.seed)
-    network = with_heads(load_network(config.pretrained), config)
-    model = network.model.to(device())
+    """Run, resume or, if it is finished, load a fine-tuning.
+
+    The best epoch on the validation fold is kept.
+    """
     sources = open_sources(config.data.sources, training=True)
+    pretrained = load_network(config.pretrained)
+    run = RunFolder(config.run, "finetune", config)
+    if run.finished:
+        return load_network(config.run)
+    torch.manual_seed(config.seed)
+    network = with_heads(pretrained, config)
+    model = network.model.to(device())
     features = build_features(
         sources, network.preprocessing, network.vocabulary, config.data.cache, config.label_align
     )
@@ -125,6 +134,8 @@ def finetune(config: FinetuneConfig) -> Network:
         return [train[index] for index in made]
 
     def step(index: NDArray[np.int64]) -> dict[str, Tensor]:
+        if config.tuning == "linear":
+            model.series_encoder.eval()  # batch norm would move its running statistics
         batch = _truncated(features.batch(index), config.max_hours).to(device())
         hide = (torch.rand(len(index)) < config.modality_dropout).to(device())
         v = model.encode_hours(batch.series, batch.events * ~hide[:, None, None], batch.hour_mask)
@@ -175,7 +186,11 @@ def finetune(config: FinetuneConfig) -> Network:
             "episodes": len(train),
             "validation_episodes": len(held_out),
             "steps": trainer.step,
-            "validation_scores": trainer.extra.get("scores", []),
+            "validation_scores": [
+                s if np.isfinite(s) else None for s in trainer.extra.get("scores", [])
+            ],
+            "platt": {},
+            "thresholds": {},
             **(_fitted_on(validate(), config) if len(held_out) else {}),
         }
     )

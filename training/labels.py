@@ -37,7 +37,7 @@ def hourly_labels(outcome: Outcome, n_hours: int, align: LabelAlign = "bin_end")
     """Labels of hours 0..n_hours-1.
 
     A death known to lie in [low, high) is taken as uniform in it. A stay that ended alive has no
-    decompensation at any hour. Hours at or after the end of the stay have no remaining stay.
+    decompensation at any hour. Hours after the end of the stay have no remaining stay.
     """
     time = np.arange(n_hours, dtype=np.float64) + (1.0 if align == "bin_end" else 0.0)
     unknown = np.full(n_hours, np.nan)
@@ -53,7 +53,7 @@ def hourly_labels(outcome: Outcome, n_hours: int, align: LabelAlign = "bin_end")
             low, high = outcome.death_hours_low, outcome.death_hours_high
             reach = time + DECOMPENSATION_HORIZON_HOURS
             decompensation = np.clip((reach - low) / max(high - low, 1e-9), 0.0, 1.0)
-            decompensation = np.where(time > high, np.nan, decompensation)
+            decompensation = np.where(time >= high, np.nan, decompensation)
     if outcome.los_hours is None:
         remaining = unknown
     else:

@@ -153,7 +153,8 @@ class Trainer:
                     if self.step % self.config.checkpoint_every == 0 and self.step % len(todo):
                         self.save()
                 go_on = after_epoch is None or after_epoch(epoch)
-                self.epoch = epoch + 1
+                # A run that stopped early has nothing left to do when it is started again.
+                self.epoch = epoch + 1 if go_on else self.config.epochs
                 self.save()
                 if not go_on:
                     break

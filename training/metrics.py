@@ -88,7 +88,7 @@ def r2(y: Floats, p: Floats) -> float:
 
 
 def fit_platt(logit: Floats, y: Floats) -> tuple[float, float]:
-    """a, b of sigmoid(a x + b) by maximum likelihood (Newton steps), with Platt's smoothed targets.
+    """a, b of sigmoid(a x + b) by maximum likelihood, with Platt's smoothed targets.
 
     y may be soft. Returns (1, 0) when only one class is there.
     """
@@ -97,17 +97,27 @@ def fit_platt(logit: Floats, y: Floats) -> tuple[float, float]:
     if positive == 0 or negative == 0:
         return 1.0, 0.0
     target = y * (positive + 1) / (positive + 2) + (1 - y) / (negative + 2)
-    design = np.stack([x, np.ones_like(x)], axis=1)
-    w = np.array([1.0, 0.0])
-    for _ in range(50):
+    centre, spread = x.mean(), x.std() or 1.0
+    design = np.stack([(x - centre) / spread, np.ones_like(x)], axis=1)
+
+    def loss(w: Floats) -> float:
+        return float(np.sum(np.logaddexp(0, design @ w) - target * (design @ w)))
+
+    w = np.array([0.0, np.log(positive / negative)])
+    here = loss(w)
+    for _ in range(100):
         p = 1 / (1 + np.exp(-np.clip(design @ w, -50, 50)))
         gradient = design.T @ (p - target)
         hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-9 * np.eye(2)
         move = np.linalg.solve(hessian, gradient)
-        w -= move
+        # Where the risks saturate a full Newton step runs away: halve it until the loss falls.
+        while (there := loss(w - move)) > here and np.abs(move).max() > 1e-10:
+            move /= 2
+        w, here = w - move, there
         if np.abs(move).max() < 1e-10:
             break
-    return float(w[0]), float(w[1])
+    a = w[0] / spread
+    return float(a), float(w[1] - a * centre)
 
 
 def bootstrap(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm4ehr.backbone import Backbone, load_backbone, spec_from_config
-from llm4ehr.bundle import Network, save_network
+from llm4ehr.bundle import Network, load_network, save_network
 from llm4ehr.episode import EVENT_CHANNELS, N_VARIABLES, Preprocessing
 from llm4ehr.model import LLM4EHR, ModelConfig, patch_counts
 from llm4ehr.vocabulary import Vocabulary
@@ -118,10 +118,12 @@ def usable_patches(model: LLM4EHR, batch: Batch, n_patches: int) -> Tensor:
 
 
 def pretrain(config: PretrainConfig) -> Network:
-    """Run (or resume) a pre-training; leaves the network in the run folder."""
-    run = RunFolder(config.run, "pretrain", config)
-    torch.manual_seed(config.seed)
+    """Run, resume or, if it is finished, load a pre-training; the network is in the run folder."""
     sources = open_sources(config.data.sources, training=True)
+    run = RunFolder(config.run, "pretrain", config)
+    if run.finished:
+        return load_network(config.run)
+    torch.manual_seed(config.seed)
     preprocessing, vocabulary = fit_preprocessing(
         sources, config.preprocessing, config.data.max_codes
     )

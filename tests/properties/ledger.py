@@ -1,16 +1,18 @@
-"""A ledger of what a service acknowledged, and what its answers must be. Shares no code with it
-but the preprocessing, the model and the conversion of answers.
+"""A ledger of what the service acknowledged, and what its answers must be by that.
+
+Shares nothing with the service but preprocessing, model and calibration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from llm4ehr.episode import Episode, Statics, empty_episode
 from llm4ehr.variables import VARIABLE_INDEX
+from service.times import format_time
 from tests.online import Replica, with_items
 from tests.service.fakes import T0
 
@@ -31,7 +33,7 @@ class Line:
     time: float = 0.0
     available: float | None = None
     admitted: float = 0.0
-    statics: Statics = Statics()
+    statics: Statics = field(default_factory=Statics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,32 +46,25 @@ class Known:
     first_hour: int  # with data; the hours before it show no score
     head_hour: int
 
-    def expected(self, replica: Replica, first: int, last: int) -> list[dict[str, Any]]:
-        """What `/risk` and `/embeddings` say of hours first..last."""
+    def expected(
+        self, replica: Replica, first: int, last: int
+    ) -> list[tuple[dict[str, Any], list[float] | None]]:
+        """What is said of hours first..last: the fields of a risk, and the embedding."""
         answers = replica(self.episode, last + 1)
         hours = []
         for hour in range(first, last + 1):
-            body: dict[str, Any] = {"hour": hour, "hour_start": self._instant(hour)}
-            score = answers.hours[hour]
-            if hour < self.first_hour or self.head_hour < 0:
-                body |= dict.fromkeys(_SCORES) | {"phenotypes": {}}
-                body["score_withheld"] = {"reason": "no-data"}
-            else:
-                body |= {name: getattr(score, name) for name in (*_SCORES[:-1], "phenotypes")}
-                body |= {
-                    "embedding": answers.embeddings[hour].tolist(),
-                    "score_withheld": None,
-                }
-            hours.append(body)
+            shown = self.head_hour >= 0 and self.first_hour <= hour
+            score = asdict(answers.hours[hour]) if shown else _WITHHELD | {"hour": hour}
+            body = score | {
+                "score_withheld": None if shown else {"reason": "no-data"},
+                "hour_start": format_time(T0 + (self.admitted + hour) * HOUR),
+            }
+            hours.append((body, answers.embeddings[hour].tolist() if shown else None))
         return hours
 
-    def _instant(self, hour: int) -> datetime:
-        return T0 + (self.admitted + hour) * HOUR
 
-
-_SCORES = (
-    "decompensation", "mortality", "remaining_los_hours", "imputed_share", "embedding",
-)  # fmt: skip
+_NUMBERS = ("decompensation", "mortality", "remaining_los_hours", "imputed_share")
+_WITHHELD: dict[str, Any] = dict.fromkeys(_NUMBERS) | {"phenotypes": {}}
 
 
 def known(lines: Sequence[Line], name: str) -> Known:
