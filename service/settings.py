@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     kv_memory_mib: Annotated[int, Field(ge=1)] = 512
     """Memory for the live states of stays. What does not fit is rebuilt from the log on demand."""
 
-    engine_rows: Annotated[int, Field(ge=1, le=4096)] = 64
+    engine_rows: Annotated[int, Field(ge=1, le=4096)] = 32
     """Most rows (one hour of one stay each) in one forward pass."""
 
     torch_threads: Annotated[int, Field(ge=1)] | None = None

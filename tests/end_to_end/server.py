@@ -1,0 +1,112 @@
+"""The service in a process of its own, spoken to over real HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 120.0
+"""Bounds every wait: far more than anything takes, so that only what hangs is ended by it."""
+
+
+def environment(repository: Path, **settings: Any) -> dict[str, str]:
+    """Of a command of the service that finds the tiny bundle, and no setting from outside."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("LLM4EHR_")}
+    own = {
+        "model_repository": repository,
+        "bundle": "tiny/1",
+        "torch_threads": 1,
+        "engine_rows": 16,
+        "kv_memory_mib": 1,
+        "staleness_limit_hours": "none",
+    } | settings
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return (
+        kept
+        | {f"LLM4EHR_{key.upper()}": str(value) for key, value in own.items()}
+        | {"PYTHONPATH": path}
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """`python -m service serve`. As a context: started and ready, and killed at the end."""
+
+    def __init__(
+        self, repository: Path, folder: Path, *arguments: str, port: int | None = None
+    ) -> None:
+        self.port = port or free_port()
+        self.log_path = folder / "log.sqlite"
+        self._folder, self._arguments = folder, arguments
+        self._environment = environment(repository, port=self.port, log_path=self.log_path)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
+
+    def __enter__(self) -> Server:
+        self.start()
+        self.wait_until_ready()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+        self.http.close()
+
+    def start(self) -> None:
+        with (self._folder / "output.txt").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "service", "serve", *self._arguments],
+                env=self._environment,
+                cwd=self._folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until_ready(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self.output
+            try:
+                if self.http.get("/v2/health/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"not ready: {self.output}")
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is finished, nothing is closed."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(PATIENCE_S)
+
+    def terminate(self) -> int:
+        """SIGTERM; returns the exit status."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(PATIENCE_S)
+
+    @property
+    def output(self) -> str:
+        return (self._folder / "output.txt").read_text()
