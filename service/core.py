@@ -19,11 +19,13 @@ __all__ = [
     "BundleInfo",
     "Draft",
     "Engine",
+    "EngineStopped",
     "Entry",
     "EpisodeView",
     "HourScore",
     "HourStatus",
     "Kind",
+    "ModelFault",
     "Overloaded",
     "Scores",
     "content_id",
@@ -41,6 +43,14 @@ class Overloaded(Exception):
     def __init__(self, retry_after_s: int = 1) -> None:
         super().__init__("the engine is overloaded")
         self.retry_after_s = retry_after_s
+
+
+class EngineStopped(Exception):
+    """The engine ended before it could answer; the log has everything."""
+
+
+class ModelFault(Exception):
+    """The model gave a number that is not finite for this episode: there is no score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +98,8 @@ class Engine(Protocol):
         """Score hours 0..max(head_hour + 1, n_hours) - 1 in the episode's live slot.
 
         Only the newest view of an episode is computed: futures of older ones resolve with a newer
-        `seq` or are cancelled. Raises Overloaded.
+        `seq` or are cancelled. Raises Overloaded, EngineStopped; the future may fail with
+        EngineStopped or ModelFault.
         """
         ...
 

@@ -35,6 +35,8 @@ router = APIRouter(tags=["scores"])
             "hour-in-the-future",
             "log-unavailable",
             "overloaded",
+            "engine-unavailable",
+            "model-fault",
         ),
     },
 )

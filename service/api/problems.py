@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.answers import HourError
 from service.api.schemas import ItemResultOut
-from service.core import Overloaded
+from service.core import EngineStopped, ModelFault, Overloaded
 from service.decisions import DeletedEpisode, NothingAccepted, Refused, UnknownEpisode
 from service.episodes import SeqNotReached
 from service.log.base import LogUnavailable
@@ -40,11 +40,14 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "hour-out-of-range": (422, "The episode has no such hour"),
     "hour-in-the-future": (422, "The hour has not begun"),
     "internal-error": (500, "The service failed"),
+    "model-fault": (500, "The model gave no valid score for this episode"),
     "log-unavailable": (503, "The log is unavailable; nothing was recorded"),
     "overloaded": (503, "The engine is overloaded"),
+    "engine-unavailable": (503, "The engine is not running"),
 }
 
 LOG_RETRY_AFTER_S = 5
+ENGINE_RETRY_AFTER_S = 10
 
 
 @dataclass(slots=True)
@@ -97,6 +100,10 @@ def as_problem(error: Exception) -> Problem:
             return Problem("log-unavailable", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
         case Overloaded():
             return Problem("overloaded", headers={"Retry-After": str(error.retry_after_s)})
+        case EngineStopped():
+            return Problem("engine-unavailable", headers={"Retry-After": str(ENGINE_RETRY_AFTER_S)})
+        case ModelFault():
+            return Problem("model-fault")
         case RequestValidationError():
             return _invalid_parameters(error)
         case HTTPException(status_code=404):
@@ -132,6 +139,8 @@ def install(app: FastAPI) -> None:
         NothingAccepted,
         LogUnavailable,
         Overloaded,
+        EngineStopped,
+        ModelFault,
         RequestValidationError,
         HTTPException,
     ):

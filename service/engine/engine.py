@@ -24,21 +24,21 @@ from numpy.typing import NDArray
 from llm4ehr.bundle import Bundle
 from llm4ehr.episode import Features, featurise
 from llm4ehr.model import Task
-from service.core import BundleInfo, EpisodeView, HourScore, Overloaded, Scores
+from service.core import (
+    BundleInfo,
+    EngineStopped,
+    EpisodeView,
+    HourScore,
+    ModelFault,
+    Overloaded,
+    Scores,
+)
 from service.engine.backends.base import Backend
 from service.engine.metrics import EngineMetrics
 from service.engine.scheduler import Row, Scheduler
 from service.engine.slots import SlotTable
 
 _log = logging.getLogger(__name__)
-
-
-class EngineStopped(RuntimeError):
-    """The engine ended before it could answer; the log has everything."""
-
-
-class ModelFault(RuntimeError):
-    """The model gave a number that is not finite for this episode."""
 
 
 @dataclass(slots=True, eq=False)

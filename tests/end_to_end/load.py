@@ -84,7 +84,8 @@ def requests(client: int, n: int, admitted_at: datetime) -> Iterator[Request]:
                 | {"value": 1 + client + serial / 1000, "time": format_time(instant)}
             ]
         if k % 5 == 4 and names:
-            body["withdrawals"] = [{"id": f"w{client}-{k}", "withdraws": rng.choice(names)}]
+            withdrawn = names.pop(rng.randrange(len(names)))
+            body["withdrawals"] = [{"id": f"w{client}-{k}", "withdraws": withdrawn}]
         yield Request(episode, body)
 
 

@@ -46,7 +46,9 @@ def free_port() -> int:
 
 
 class Server:
-    """`python -m service serve`. As a context: started and ready, and killed at the end."""
+    """`python -m service serve`. As a context: started and ready, killed at the end; may be entered
+    again.
+    """
 
     def __init__(
         self, repository: Path, folder: Path, *arguments: str, port: int | None = None
@@ -56,11 +58,15 @@ class Server:
         self._folder, self._arguments = folder, arguments
         self._environment = environment(repository, port=self.port, log_path=self.log_path)
         self._process: subprocess.Popen[bytes] | None = None
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
 
     def __enter__(self) -> Server:
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
         self.start()
-        self.wait_until_ready()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
