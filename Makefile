@@ -31,7 +31,7 @@ train-demo default-bundle: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 train-demo default-bundle: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(STAMP) ## make .venv with the pinned packages (Python 3.11 or 3.12)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,10 +20,11 @@ from pydantic import ValidationError
 from llm4ehr.bundle import BundleError, load_bundle
 from llm4ehr.store import StoreError
 from service.batch import score_store
+from service.engine.backends.torch_cpu import RowDependenceError
 from service.log.base import LogUnavailable
 from service.replay import replay
 from service.runtime import build_app
-from service.settings import Settings
+from service.settings import PREFIX, Settings
 
 DEMO_STORE = Path(__file__).parent / "demo" / "store"
 
@@ -39,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = _parser().parse_args(argv)
     try:
         a.run_command(a)
-    except (BundleError, StoreError, LogUnavailable, ValidationError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ValidationError as error:
+        # The settings that are right may hold what does not belong on a terminal.
+        for wrong in error.errors(include_input=False, include_url=False):
+            name = "".join(f"{PREFIX}{part}".upper() for part in wrong["loc"])
+            print(f"error: {name} {wrong['msg']}", file=sys.stderr)
+        return 1
+    except (BundleError, StoreError, LogUnavailable, RowDependenceError, OSError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
         return 1
     return 0
 
@@ -60,6 +68,9 @@ def _serve(a: argparse.Namespace) -> None:
 
 
 def _run(settings: Settings) -> None:
+    # uvicorn shuts down gracefully on SIGTERM, then raises the signal again for the handler that
+    # was there before: being told to stop and stopping is a success.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         build_app(settings),
         host=settings.host,

@@ -59,7 +59,8 @@ _SUBSTANCES: Mapping[str, tuple[Fraction, int]] = MappingProxyType(
             ("LOINC/2823-3", "39.0983", 1),  # potassium
             ("LOINC/2951-2", "22.98977", 1),  # sodium
             ("LOINC/2075-0", "35.453", 1),  # chloride
-            ("LOINC/2601-3", "24.305", 2),  # magnesium
+            ("LOINC/2601-3", "24.305", 2),  # magnesium, reported in mmol
+            ("LOINC/19123-9", "24.305", 2),  # magnesium, reported in mg
             ("LOINC/17861-6", "40.078", 2),  # calcium
             ("LOINC/2777-1", "30.97376", 0),  # phosphate, as phosphorus
         )

@@ -19,9 +19,10 @@ from pydantic import (
     model_validator,
 )
 
-from llm4ehr.model import Task
 from training.labels import LabelAlign
 from training.objectives import ObjectiveConfig
+
+HourlyTask = Literal["decompensation", "mortality", "remaining_los"]
 
 
 class Strict(BaseModel):
@@ -127,7 +128,7 @@ class FinetuneConfig(Strict):
     seed: int = 0
     pretrained: Path
     data: DataConfig
-    tasks: dict[Task, PositiveFloat] = Field(min_length=1)  # task -> weight of its loss
+    tasks: dict[HourlyTask, PositiveFloat] = Field(min_length=1)  # task -> weight of its loss
     tuning: Literal["linear", "end_to_end"] = "linear"
     label_align: LabelAlign = "bin_end"  # M13
     # The network reads hours up to this one when it is fine-tuned and selected.
@@ -135,7 +136,7 @@ class FinetuneConfig(Strict):
     modality_dropout: float = Field(default=0.1, ge=0, le=1)
     dropout: float | None = Field(default=None, ge=0, lt=1)
     encoder_learning_rate: PositiveFloat | None = None  # of everything but the heads
-    select_by: Task = "mortality"
+    select_by: HourlyTask = "mortality"
     patience: PositiveInt = 3
     optim: OptimConfig = OptimConfig(epochs=10, learning_rate=5e-4)
 

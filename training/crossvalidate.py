@@ -17,8 +17,9 @@ from training.finetune import finetune
 def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune for every fold and pool the held-out answers; writes crossvalidation.json.
 
-    The decision threshold of each fold is the one its own held-out stays chose, so S1 is slightly
-    optimistic; everything else is out-of-fold.
+    No weight has seen the label of a stay that it scores. The held-out stays do choose the best
+    epoch, the calibration and the decision threshold of their fold, so the figures are slightly
+    optimistic.
     """
     parts, thresholds = [], []
     for fold in range(config.data.n_folds):

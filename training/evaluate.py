@@ -108,6 +108,10 @@ def task_metrics(table: dict[str, NDArray[Any]], thresholds: dict[str, float]) -
             report["decompensation"] = _probability(table, "decompensation", sure) | {
                 "note": "hours whose label the source can only bracket are left out"
             }
+        # Where a source is sure of positives at one hour only, telling the hours apart is easy and
+        # says nothing: this hour alone shows whether the head tells patients apart.
+        if (at := sure & (table["hour"] == MORTALITY_HOUR)).any():
+            report["decompensation_at_48h"] = _probability(table, "decompensation", at)
     if "remaining_los" in table:
         known = ~np.isnan(table["label_remaining_los"])
         if known.any():

@@ -14,7 +14,25 @@ from training.evaluate import load_scorer
 _TASK_TITLES = {
     "mortality_at_48h": "In-hospital mortality, read at hour 48",
     "decompensation": "Decompensation (death within 24 hours), every hour",
+    "decompensation_at_48h": "Decompensation, at hour 48 only",
     "remaining_los_days": "Remaining length of hospital stay in days, every hour",
+}
+
+_SOURCE_LIMITS = {
+    "physionet2012": (
+        "2012: stays of one hospital before 2009, each of at least 48 hours. Expect other "
+        "calibration elsewhere: check and recalibrate on your own data before you look at a risk.",
+        "2012: labels cover the first 48 hours only. Answers for later hours are extrapolation.",
+        "2012: times of death are known to the day. Nearly all certain decompensation labels "
+        "stand at hour 48, so over all hours the metrics reward knowing which hour it is; trust "
+        "the figures at hour 48.",
+        "2012: no drugs are recorded. Their effect is seen only through vital signs and "
+        "laboratory values.",
+    ),
+    "physionet2019": (
+        "2019: used without labels. Its records end soon after the onset of sepsis and have no "
+        "GCS.",
+    ),
 }
 
 
@@ -104,10 +122,7 @@ def model_card(
         *_metrics_section(metrics),
         "## Limits",
         "",
-        "- Trained on stays of two decades ago from few hospitals; expect other calibration "
-        "elsewhere. Check and recalibrate on your own data before you look at a single risk.",
-        "- Fine-tuned on the first 48 hours only. Answers for later hours are extrapolation.",
-        "- No drugs were in the training events: their effect is seen only through vital signs.",
+        *(f"- {limit}" for source in sorted(licences) for limit in _SOURCE_LIMITS.get(source, ())),
         "- The labels are not independent of care: treated patients look safer than they are.",
         "",
     ]

@@ -16,7 +16,7 @@ _HOUR: dict[str, Any] = {
     "hour_start": "2026-03-01T09:00:00Z",
     "hour_end": "2026-03-01T10:00:00Z",
     "status": "preliminary",
-    "imputed_share": 0.727,
+    "imputed_share": 0.909,
     "data_age_hours": 0.75,
     "score_withheld": None,
 }
