@@ -97,6 +97,7 @@ def save_network(folder: Path, network: Network, *, half: bool = False) -> None:
             raise BundleError(f"{name} is not rounded to bfloat16")
         state[name] = kept.bfloat16() if half and name.startswith("backbone.") else kept
     save_file(state, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private to the user
 
 
 def load_network(folder: Path) -> Network:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from llm4ehr.bundle import Bundle, Network, save_bundle
-from llm4ehr.calibration import default_calibration
+from llm4ehr.calibration import Calibration, OutputMap, default_calibration
 from llm4ehr.episode import Episode, featurise
 from llm4ehr.variables import VARIABLE_INDEX
 from service.core import EpisodeView, HourScore, Scores
@@ -26,6 +26,11 @@ from service.engine.metrics import EngineMetrics
 
 HEADS = {"decompensation": 1, "mortality": 1, "remaining_los": 1, "phenotyping": 2}
 PHENOTYPES = ("sepsis", "shock")
+# Of every kind. Shifted, for raw outputs lie around 0 and hours would often be cut off there.
+CALIBRATION: Calibration = default_calibration(list(HEADS)) | {
+    "mortality": OutputMap(kind="platt", a=0.7, b=-1.0),
+    "remaining_los": OutputMap(kind="log_days", a=0.5, b=2.0),
+}
 LABELS = {"phenotypes": list(PHENOTYPES)}
 ROWS = 16
 """Rows of a tick in all tests: on some machines another number gives another last bit."""
@@ -43,7 +48,7 @@ def tiny_bundle(
         version=1,
         digest="ab" * 32,
         network=network,
-        calibration=default_calibration(list(HEADS)),
+        calibration=CALIBRATION,
         phenotypes=PHENOTYPES,
         labels=LABELS,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -86,6 +87,7 @@ class Server:
                 cwd=self._folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own, with whatever it starts
             )
 
     def wait_until_ready(self) -> None:
@@ -104,8 +106,18 @@ class Server:
     def kill(self) -> None:
         """SIGKILL: nothing is finished, nothing is closed."""
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(PATIENCE_S)
+
+    def leaves_processes(self) -> bool:
+        """Whether anything that it started runs on."""
+        assert self._process is not None
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def terminate(self) -> int:
         """SIGTERM; returns the exit status."""
