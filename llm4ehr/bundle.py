@@ -169,7 +169,9 @@ def load_bundle(repository: Path, name: str, version: int) -> Bundle:
         )
     if (manifest.get("name"), manifest.get("version")) != (name, version):
         raise BundleError(f"{folder / 'manifest.json'}: made for another name or version")
-    files = manifest.get("files", {})
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise BundleError(f"{folder / 'manifest.json'}: `files` is not a mapping")
     if unknown := sorted(files.keys() - set(_BUNDLE_FILES)):
         raise BundleError(f"{folder / 'manifest.json'}: hash for the unknown file {unknown[0]}")
     for file in _BUNDLE_FILES:

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, TypeVar
 
-UnitErrorReason = Literal["unit-unknown", "unit-missing", "unit-not-convertible"]
+UnitErrorReason = Literal[
+    "unit-unknown", "unit-missing", "unit-not-convertible", "value-out-of-range"
+]
 CodeErrorReason = Literal["code-unknown", "code-refused", "unknown-variable"]
 PlausibilityFlag = Literal["implausible-low", "implausible-high"]
 
@@ -38,7 +40,7 @@ _K = TypeVar("_K", str, int)
 
 
 class UnitError(ValueError):
-    """A value whose unit is missing, unknown, or of another kind of quantity."""
+    """A unit that is missing, unknown or of another kind of quantity, or a result out of range."""
 
     def __init__(self, reason: UnitErrorReason, message: str) -> None:
         super().__init__(message)

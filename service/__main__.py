@@ -9,10 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import uvicorn
 from pydantic import ValidationError
@@ -41,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = _parser().parse_args(argv)
     try:
         a.run_command(a)
+    except KeyboardInterrupt:
+        return 130
     except ValidationError as error:
         # The settings that are right may hold what does not belong on a terminal.
         for wrong in error.errors(include_input=False, include_url=False):
@@ -60,18 +61,16 @@ def _serve(a: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="llm4ehr-demo-") as folder:
         settings = Settings(log_path=Path(folder) / "log.sqlite", staleness_limit_hours=None)
         url = f"http://{settings.host}:{settings.port}"
-        threading.Thread(
-            target=_replay_when_ready, args=(url, a.seconds_per_hour), daemon=True
-        ).start()
         print(_DEMO_NOTICE.format(url=url), flush=True)
-        _run(settings)
+        with _Replay(url, a.seconds_per_hour) as demo:
+            _run(settings, demo.begin_when_started)
 
 
-def _run(settings: Settings) -> None:
+def _run(settings: Settings, beside: Callable[[uvicorn.Server], None] | None = None) -> None:
     # uvicorn shuts down gracefully on SIGTERM, then raises the signal again for the handler that
     # was there before: being told to stop and stopping is a success.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(
+    config = uvicorn.Config(
         build_app(settings),
         host=settings.host,
         port=settings.port,
@@ -79,23 +78,45 @@ def _run(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=20,
     )
+    server = uvicorn.Server(config)
+    if beside is not None:
+        beside(server)
+    server.run()
+    if not server.started:
+        raise OSError(f"the service could not start on {settings.host}:{settings.port}")
 
 
-def _replay_when_ready(url: str, seconds_per_hour: float) -> None:
-    """Replay in a process of its own, so that the demo's client does not slow its service."""
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=1):
-                break
-        except OSError:
-            time.sleep(0.1)
-    subprocess.run(
-        [
+class _Replay:
+    """The demo's client: a process of its own, so that it does not slow the service it talks to."""
+
+    def __init__(self, url: str, seconds_per_hour: float) -> None:
+        self._command = [
             *(sys.executable, "-m", "service", "replay"),
             *("--url", url, "--seconds-per-hour", str(seconds_per_hour)),
-        ],
-        check=False,
-    )
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._over = threading.Event()
+
+    def begin_when_started(self, server: uvicorn.Server) -> None:
+        """Start once this very server listens: another one may be on the port already."""
+
+        def wait() -> None:
+            while not server.started:
+                if self._over.wait(0.1):
+                    return
+            # In a session of its own it is spared the Ctrl-C that is meant for the service.
+            self._process = subprocess.Popen(self._command, start_new_session=True)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
 
 
 def _score(a: argparse.Namespace) -> None:

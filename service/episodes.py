@@ -19,11 +19,12 @@ from service.decisions import (
     Refused,
     UnknownEpisode,
 )
-from service.ingest import Batch, EventVocabulary, Rules
+from service.ingest import Batch, Rules
 from service.live import LiveScores
 from service.log.base import EventLog, LogUnavailable, SequenceConflict
 from service.settings import Settings
 from service.state import EpisodeState, Scored, StateCache
+from service.units import EventVocabulary
 
 _T = TypeVar("_T")
 

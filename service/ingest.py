@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from llm4ehr.episode import MAX_HOURS
 from llm4ehr.variables import (
@@ -29,7 +29,7 @@ from service.items import (
     read_observation,
     read_withdrawal,
 )
-from service.units import convert_event
+from service.units import EventVocabulary, convert_event
 
 ListName = Literal["observations", "events", "withdrawals"]
 ItemStatus = Literal["accepted", "duplicate", "rejected"]
@@ -40,19 +40,6 @@ _CODE_DETAILS = {
     "code-refused": "the code measures a quantity that is easily mistaken for a variable",
 }
 _HOUR = timedelta(hours=1)
-
-
-class EventEntry(Protocol):
-    """What a model knows of an event code."""
-
-    @property
-    def unit(self) -> str | None: ...
-
-
-class EventVocabulary(Protocol):
-    """The event codes of the model in service; `llm4ehr.vocabulary.Vocabulary` is one."""
-
-    def entry(self, code: str) -> EventEntry | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +275,8 @@ def _event(said: Said, flags: list[str], vocabulary: EventVocabulary) -> dict[st
         flags.append("not-in-vocabulary")
     elif value is not None and entry.unit is not None:
         try:
-            value, unit = convert_event(said.code, value, unit, entry.unit), entry.unit
+            # Only a check: the log keeps what was sent, whatever model is in service.
+            convert_event(said.code, value, unit, entry.unit)
         except UnitError as error:
             raise ItemError(error.reason, str(error)) from error
     return {"code": said.code, "display": said.display, "value": value, "unit": unit}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm4ehr.episode import MAX_HOURS, Episode, Statics
-from llm4ehr.variables import VARIABLE_INDEX
+from llm4ehr.variables import VARIABLE_INDEX, UnitError
 from service.entries import ITEM_KINDS, Entry, from_us, to_us
+from service.units import EventVocabulary, convert_event
 
 HourStatus = Literal["preliminary", "final", "amended"]
 
@@ -39,6 +40,9 @@ class EpisodeView:
     deleted: bool
     statics: Statics
     episode: Episode
+    """Event values are as they were sent: `model_episode` has them in the model's units."""
+    event_units: tuple[str | None, ...]
+    """Unit of each event of `episode`, as it was sent."""
     head_hour: int
     """Last hour with a live item, -1 if there is none."""
     newest_effective_at: datetime | None
@@ -116,6 +120,7 @@ def episode_at(entries: Sequence[Entry]) -> EpisodeView:
     head_hour = int(items.hour[used].max(initial=-1))
     known_us, touched_us = _history(timeline, items)
     statics = Statics(**admission["statics"])
+    episode, event_units = _arrays(timeline[0].episode_id, items, used, head_hour + 1, statics)
     return EpisodeView(
         episode_id=timeline[0].episode_id,
         seq=timeline[-1].seq,
@@ -124,7 +129,8 @@ def episode_at(entries: Sequence[Entry]) -> EpisodeView:
         discharged_at=discharged_at,
         deleted=any(e.kind == "deletion" for e in timeline),
         statics=statics,
-        episode=_arrays(timeline[0].episode_id, items, used, head_hour + 1, statics),
+        episode=episode,
+        event_units=event_units,
         head_hour=head_hour,
         newest_effective_at=from_us(int(newest_us[-1])) if used.size else None,
         counts=counts,
@@ -260,8 +266,8 @@ def _history(timeline: list[Entry], items: _Items) -> tuple[NDArray[np.int64], N
 
 def _arrays(
     episode_id: str, items: _Items, used: NDArray[np.intp], n_hours: int, statics: Statics
-) -> Episode:
-    """The model's episode, sorted by content so that equal facts give equal arrays."""
+) -> tuple[Episode, tuple[str | None, ...]]:
+    """The episode, sorted by content so that equal facts give equal arrays, and its event units."""
     rows = [(i, items.entries[i].kind, items.entries[i].payload) for i in used.tolist()]
     observations = [(i, payload) for i, kind, payload in rows if kind == "observation"]
     events = [(i, payload) for i, kind, payload in rows if kind == "event"]
@@ -275,8 +281,10 @@ def _arrays(
     ev_value = np.array(
         [np.nan if p["value"] is None else p["value"] for _, p in events], dtype=np.float64
     )
-    ev_order = np.lexsort((ev_value, code.astype(str), ev_hours))
-    return Episode(
+    units = [p["unit"] for _, p in events]
+    said = np.array([unit or "" for unit in units], dtype=np.str_)
+    ev_order = np.lexsort((said, ev_value, code.astype(str), ev_hours))
+    episode = Episode(
         episode_id=episode_id,
         n_hours=n_hours,
         obs_variable=variable[order],
@@ -288,3 +296,22 @@ def _arrays(
         ev_value=ev_value[ev_order],
         statics=statics,
     )
+    return episode, tuple(units[i] for i in ev_order.tolist())
+
+
+def model_episode(view: EpisodeView, vocabulary: EventVocabulary) -> Episode:
+    """The episode with its event values in the units of the model that will read it.
+
+    The log keeps what was sent, so that another model, fed in other units, reads the same facts. An
+    event whose value does not convert keeps its place and loses its value.
+    """
+    value = view.episode.ev_value.copy()
+    for i, (code, unit) in enumerate(zip(view.episode.ev_code, view.event_units, strict=True)):
+        entry = vocabulary.entry(code)
+        if entry is None or entry.unit is None or entry.unit == unit or np.isnan(value[i]):
+            continue
+        try:
+            value[i] = convert_event(code, float(value[i]), unit, entry.unit)
+        except UnitError:
+            value[i] = np.nan
+    return replace(view.episode, ev_value=value)

@@ -7,11 +7,13 @@ code says which substance it is. The 11 variables have their own table in `llm4e
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
 from types import MappingProxyType
+from typing import Protocol
 
 from llm4ehr.variables import UnitError
 
@@ -105,10 +107,24 @@ _POWER_OF_TEN = re.compile(r"10\*([0-9]{1,2})")
 _Dimensions = dict[str, int]
 
 
+class EventEntry(Protocol):
+    """What a model knows of an event code."""
+
+    @property
+    def unit(self) -> str | None: ...
+
+
+class EventVocabulary(Protocol):
+    """The event codes of the model in service; `llm4ehr.vocabulary.Vocabulary` is one."""
+
+    def entry(self, code: str) -> EventEntry | None: ...
+
+
 def convert_event(code: str, value: float, unit: str | None, to: str) -> float:
     """The value of an event in the unit `to` (UCUM).
 
-    Raises UnitError: `unit-missing`, `unit-unknown`, `unit-not-convertible`.
+    Raises UnitError: `unit-missing`, `unit-unknown`, `unit-not-convertible`, or
+    `value-out-of-range` where the result is beyond what a float holds.
     """
     if not unit or not unit.strip():
         raise UnitError("unit-missing", f"a unit is required: {to} or one that converts to it")
@@ -120,7 +136,13 @@ def convert_event(code: str, value: float, unit: str | None, to: str) -> float:
     factor = None if wanted is None else _factor(code, given, wanted)
     if factor is None:
         raise UnitError("unit-not-convertible", f"the unit does not convert to {to}")
-    return value * factor.numerator / factor.denominator
+    try:
+        converted = value * factor.numerator / factor.denominator
+    except OverflowError:
+        converted = math.inf
+    if not math.isfinite(converted):
+        raise UnitError("value-out-of-range", f"too large a number in {to}")
+    return converted
 
 
 def _factor(

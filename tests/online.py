@@ -63,6 +63,10 @@ def save_tiny(make_network: Callable[..., Network], repository: Path) -> None:
     )  # fmt: skip
 
 
+# Units of the shared fixture's vocabulary, so that values reach the model as they are.
+_EVENT_UNITS = {"LOINC/2160-0": "mg/dL", "LOINC/2524-7": "mmol/L"}
+
+
 def view_of(episode: Episode, seq: int = 1) -> EpisodeView:
     """A view as the log would give it, with data in every hour up to the last."""
     return EpisodeView(
@@ -74,6 +78,7 @@ def view_of(episode: Episode, seq: int = 1) -> EpisodeView:
         deleted=False,
         statics=episode.statics,
         episode=episode,
+        event_units=tuple(_EVENT_UNITS.get(code) for code in episode.ev_code),
         head_hour=episode.n_hours - 1,
         newest_effective_at=None,
         counts={},

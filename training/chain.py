@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,11 @@ CONFIGS = Path(__file__).parent / "configs"
 
 _DEMO_PRETRAIN = ["data.max_episodes=1000", "optim.epochs=1", "optim.warmup_steps=5"]
 _DEMO_FINETUNE = ["data.max_episodes=1500", "optim.epochs=3"]
+
+
+def _yaml(path: Path) -> str:
+    """A path as a YAML scalar, whatever characters it has: JSON strings are YAML."""
+    return json.dumps(str(path))
 
 
 def chain(data: Path, out: Path, size: Literal["demo", "full"]) -> Path:
@@ -42,10 +48,10 @@ def chain(data: Path, out: Path, size: Literal["demo", "full"]) -> Path:
         PretrainConfig,
         CONFIGS / "default_pretrain.yaml",
         [
-            f"run={out / 'pretrain'}",
-            f"data.cache={out / 'cache'}",
-            f"data.sources=[{{store: {stores['physionet2012']}, splits: [a]}}, "
-            f"{{store: {stores['physionet2019']}, splits: [a, b]}}]",
+            f"run={_yaml(out / 'pretrain')}",
+            f"data.cache={_yaml(out / 'cache')}",
+            f"data.sources=[{{store: {_yaml(stores['physionet2012'])}, splits: [a]}}, "
+            f"{{store: {_yaml(stores['physionet2019'])}, splits: [a, b]}}]",
             *(_DEMO_PRETRAIN if size == "demo" else []),
         ],
     )
@@ -55,10 +61,10 @@ def chain(data: Path, out: Path, size: Literal["demo", "full"]) -> Path:
         FinetuneConfig,
         CONFIGS / "default_finetune.yaml",
         [
-            f"run={out / 'finetune'}",
-            f"pretrained={out / 'pretrain'}",
-            f"data.cache={out / 'cache'}",
-            f"data.sources=[{{store: {stores['physionet2012']}, splits: [a]}}]",
+            f"run={_yaml(out / 'finetune')}",
+            f"pretrained={_yaml(out / 'pretrain')}",
+            f"data.cache={_yaml(out / 'cache')}",
+            f"data.sources=[{{store: {_yaml(stores['physionet2012'])}, splits: [a]}}]",
             *(_DEMO_FINETUNE if size == "demo" else []),
         ],
     )

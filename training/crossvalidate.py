@@ -27,11 +27,11 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
         data = config.data.model_copy(update={"validation_fold": fold})
         one = config.model_copy(update={"run": run, "data": data})
         finetune(one)
-        network, calibration, threshold = load_scorer(run)
-        thresholds.append(threshold)
+        scorer = load_scorer(run)
+        thresholds.append(scorer.thresholds)
         for store, splits in open_sources(config.data.sources, training=True):
             for split in sorted(splits):
-                table = hourly_table(network, calibration, store, split)
+                table = hourly_table(scorer, store, split)
                 folds = {
                     s: subject_fold(f"{store.info.source}/{s}", config.data.n_folds)
                     for s in np.unique(table["subject"])

@@ -6,6 +6,7 @@ Scoring goes through `llm4ehr.offline`, the same road as batch jobs of the servi
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llm4ehr.calibration import Calibration, OutputMap, default_calibration
 from llm4ehr.offline import score_episodes
 from llm4ehr.store import EpisodeStore
 from training import metrics as m
-from training.labels import certain, hourly_labels
+from training.labels import LabelAlign, certain, hourly_labels
 from training.loop import environment
 from training.progress import track
 
@@ -33,16 +34,16 @@ def evaluate(model: Path, store: Path, split: str, out: Path | None = None) -> d
     Writes metrics.json and predictions.parquet to `out` if given. Raises ValueError when the split
     is empty.
     """
-    network, calibration, thresholds = load_scorer(model)
-    table = hourly_table(network, calibration, EpisodeStore.open(store), split)
+    scorer = load_scorer(model)
+    table = hourly_table(scorer, EpisodeStore.open(store), split)
     report = {
-        "model": model.name if (model / "manifest.json").exists() else "fine-tuning run",
+        "model": str(model),
         "command": f"python -m training evaluate {model} --store {store} --split {split}",
         "store": EpisodeStore.open(store).info.source,
         "split": split,
         "episodes": len(np.unique(table["episode"])),
         "seed_of_bootstrap": 0,
-        "tasks": task_metrics(table, thresholds),
+        "tasks": task_metrics(table, scorer.thresholds),
         "environment": environment(),
     }
     if out is not None:
@@ -52,11 +53,29 @@ def evaluate(model: Path, store: Path, split: str, out: Path | None = None) -> d
     return report
 
 
-def load_scorer(model: Path) -> tuple[Network, Calibration, dict[str, float]]:
-    """Network, calibration and decision thresholds of a bundle folder or a fine-tuning run."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorer:
+    """A network with all that is needed to turn its outputs into answers and judge them."""
+
+    network: Network
+    calibration: Calibration
+    thresholds: dict[str, float]
+    label_align: LabelAlign
+
+
+def load_scorer(model: Path) -> Scorer:
+    """The scorer of a bundle folder or of a fine-tuning run.
+
+    Raises BundleError, or ValueError for a run without heads.
+    """
     if (model / "manifest.json").exists():
         bundle = load_bundle(model.parent.parent, model.parent.name, int(model.name))
-        return bundle.network, bundle.calibration, bundle.labels["thresholds"]
+        return Scorer(
+            network=bundle.network,
+            calibration=bundle.calibration,
+            thresholds=bundle.labels["thresholds"],
+            label_align=bundle.labels["label_align"],
+        )
     network = load_network(model)
     if not network.model.config.heads:
         raise ValueError(f"{model}: the network has no heads; name a fine-tuning run or a bundle")
@@ -64,20 +83,23 @@ def load_scorer(model: Path) -> tuple[Network, Calibration, dict[str, float]]:
     result = json.loads((model / "result.json").read_text())
     for task, (a, b) in result["platt"].items():
         calibration[task] = OutputMap(kind="platt", a=a, b=b)
-    return network, calibration, result["thresholds"]
+    return Scorer(
+        network=network,
+        calibration=calibration,
+        thresholds=result["thresholds"],
+        label_align=json.loads((model / "finetune.json").read_text())["label_align"],
+    )
 
 
-def hourly_table(
-    network: Network, calibration: Calibration, store: EpisodeStore, split: str
-) -> dict[str, NDArray[Any]]:
+def hourly_table(scorer: Scorer, store: EpisodeStore, split: str) -> dict[str, NDArray[Any]]:
     """Answers and labels as columns, one row an episode-hour."""
     parts: dict[str, list[NDArray[Any]]] = {}
     for block in track(store.blocks(), f"scoring split {split}", store.n_blocks):
         records = [r for r in block if r.split == split]
-        scored = score_episodes(network, [r.episode for r in records])
+        scored = score_episodes(scorer.network, [r.episode for r in records])
         for record, scores in zip(records, scored, strict=True):
             n = len(scores.hidden)
-            labels = hourly_labels(record.outcome, n)
+            labels = hourly_labels(record.outcome, n, scorer.label_align)
             columns: dict[str, NDArray[Any]] = {
                 "episode": np.full(n, record.episode.episode_id),
                 "subject": np.full(n, record.subject_id),
@@ -86,7 +108,7 @@ def hourly_table(
                 "label_mortality": labels.mortality,
                 "label_remaining_los": labels.remaining_los,
             }
-            for task, answer in scores.answers(calibration).items():
+            for task, answer in scores.answers(scorer.calibration).items():
                 columns[task] = answer[:, 0]
             for name, column in columns.items():
                 parts.setdefault(name, []).append(column)

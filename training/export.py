@@ -45,7 +45,8 @@ def export(
     frozen pre-trained backbone was rounded before training. Raises BundleError if the version is
     there already.
     """
-    network, calibration, thresholds = load_scorer(run)
+    scorer = load_scorer(run)
+    network = scorer.network
     config = json.loads((run / "finetune.json").read_text())
     result = json.loads((run / "result.json").read_text())
     pretraining = json.loads((run / "pretrained.json").read_text())
@@ -53,8 +54,8 @@ def export(
     labels = {
         "tasks": list(network.model.config.heads),
         "phenotypes": [],
-        "thresholds": thresholds,
-        "label_align": config["label_align"],
+        "thresholds": scorer.thresholds,
+        "label_align": scorer.label_align,
         "label_notes": result["label_notes"],
     }
     provenance = {
@@ -67,7 +68,7 @@ def export(
         name,
         version,
         network,
-        calibration=calibration,
+        calibration=scorer.calibration,
         labels=labels,
         metrics={"evaluation": metrics, "provenance": provenance},
         card=model_card(name, version, network, config, result, pretraining, metrics),

@@ -16,9 +16,9 @@ from service.api.deps import Context
 from service.api.metrics import Metrics, Observe
 from service.core import Engine
 from service.episodes import EpisodeService
-from service.ingest import EventVocabulary
 from service.log.base import EventLog
 from service.settings import Settings
+from service.units import EventVocabulary
 
 _DESCRIPTION = """\
 Risk of deterioration, mortality, phenotypes and remaining length of stay for every hour of an

@@ -37,6 +37,7 @@ from service.engine.backends.base import Backend
 from service.engine.metrics import EngineMetrics
 from service.engine.scheduler import Row, Scheduler
 from service.engine.slots import SlotTable
+from service.projection import model_episode
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class OnlineEngine:
         metrics: EngineMetrics,
         *,
         max_pending: int,
-        max_states: int = 20_000,
+        max_states: int = 4096,
     ) -> None:
         self._bundle = bundle
         self._backend = backend
@@ -182,7 +183,6 @@ class OnlineEngine:
             self._failure = error
             # The type is enough for a log line; a message might quote a patient's value.
             _log.critical("the engine stopped: %s", type(error).__name__)
-            raise
         finally:
             self._fail_everything()
 
@@ -207,11 +207,18 @@ class OnlineEngine:
             return
         network, view = self._bundle.network, request.view
         state = self._states.get(request.key)
+        if state is not None and view.seq < state.seq:
+            # Overtaken on its way here: what is known already answers it as well.
+            state.waiting.append(request)
+            if state.valid >= state.n_hours:
+                self._publish(request.key, state)
+            return
         # Whoever waits for more hours than this request asks for shall still get them.
         n_hours = max(
             [request.n_hours, *(r.n_hours for r in state.waiting)] if state else [request.n_hours]
         )
-        features = featurise(view.episode, network.vocabulary, network.preprocessing, n_hours)
+        episode = model_episode(view, network.vocabulary)
+        features = featurise(episode, network.vocabulary, network.preprocessing, n_hours)
         if state is None:
             state = self._new_state(request, features)
         unchanged = _common_hours(state.features, features)
@@ -272,12 +279,12 @@ class OnlineEngine:
         scores = Scores(
             seq=state.seq, hours=tuple(state.hours[:n]), embeddings=state.hidden[:n].copy()
         )
-        for request in state.waiting:
-            self._metrics.queue_seconds.observe(time.monotonic() - request.submitted)
-            _settle(request.future, scores)
-        state.waiting.clear()
+        waiting, state.waiting = state.waiting, []
         if state.scratch:
             self._drop(key, EngineStopped("done"))
+        for request in waiting:
+            self._metrics.queue_seconds.observe(time.monotonic() - request.submitted)
+            _settle(request.future, scores)
 
     def _answers(self, state: _State, first: int, n: int) -> list[HourScore]:
         answers = {

@@ -259,15 +259,23 @@ def test_events_the_model_does_not_know_are_kept_and_flagged() -> None:
     assert result.flags == ("not-in-vocabulary",)
 
 
-def test_event_values_are_converted_to_what_the_model_was_fed() -> None:
+def test_event_values_are_kept_as_they_were_sent() -> None:
     check = validator()
     drug = {"code": "40617009", "system": "http://snomed.info/sct", "time": stamp(1)}
     check.check(Batch(events=[creatinine(88.4, unit="umol/L"), creatinine(None, unit=None), drug]))
     first, second, third = (d.payload for d in check.drafts)
-    assert first["value"] == pytest.approx(1.0, rel=1e-3)
-    assert first["unit"] == "mg/dL"
+    assert (first["value"], first["unit"]) == (88.4, "umol/L")
     assert (second["value"], second["unit"]) == (None, None)
     assert third["code"] == "SNOMED/40617009"
+
+
+def test_a_value_that_overflows_in_the_unit_of_the_model_is_refused_alone() -> None:
+    check = validator()
+    check.check(Batch(observations=[hr()], events=[creatinine(1e308, unit="g/dL")]))
+    assert [r.status for r in check.results] == ["accepted", "rejected"]
+    error = check.results[1].error
+    assert error is not None
+    assert error.type == "value-out-of-range"
 
 
 def kept(*drafts: Any) -> list[Entry]:

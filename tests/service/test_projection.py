@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from llm4ehr.episode import Statics, hour_of
+from llm4ehr.vocabulary import CodeEntry, Vocabulary
 from service.core import (
     Draft,
     Entry,
@@ -21,6 +23,7 @@ from service.core import (
     hour_status,
     to_us,
 )
+from service.projection import model_episode
 from service.times import format_time
 from tests.service.fakes import T0, at, entries
 
@@ -341,3 +344,40 @@ def test_a_discharge_amends_only_hours_it_takes_data_from() -> None:
 def test_an_entry_at_the_very_watermark_amends() -> None:
     rows = entries(admission(), obs(0.5), obs(0.6), recorded=[at(0), at(0.7), at(3)])
     assert statuses(rows, 3, 1) == ["amended"]
+
+
+def test_event_values_reach_each_model_in_its_own_units() -> None:
+    """What is logged does not depend on the model in service; what the model reads does."""
+
+    def stored(code: str, value: float, unit: str | None) -> Draft:
+        draft = event(1, value, f"{code} {unit}")
+        return replace(draft, payload=draft.payload | {"code": code, "unit": unit})
+
+    view = episode_at(
+        entries(
+            admission(),
+            stored("LOINC/2160-0", 88.42, "umol/L"),
+            stored("LOINC/2160-0", 1.5, "mg/dL"),
+            stored("LOINC/2160-0", 2.5, "furlong"),
+            stored("LOINC/1-8", 7.0, "furlong"),
+        )
+    )
+    in_mg = Vocabulary([CodeEntry(code="LOINC/2160-0", descriptor="", unit="mg/dL", n=1)])
+    in_umol = Vocabulary([CodeEntry(code="LOINC/2160-0", descriptor="", unit="umol/L", n=1)])
+    by_unit = {
+        model.entries[0].unit: dict(
+            zip(view.event_units, model_episode(view, model).ev_value.tolist(), strict=True)
+        )
+        for model in (in_mg, in_umol)
+    }
+    assert view.episode.ev_value.tolist() == [7.0, 1.5, 2.5, 88.42]
+    assert by_unit["mg/dL"]["umol/L"] == pytest.approx(1.0, rel=1e-3)
+    assert by_unit["mg/dL"]["mg/dL"] == 1.5
+    assert by_unit["umol/L"]["umol/L"] == 88.42
+    assert by_unit["umol/L"]["mg/dL"] == pytest.approx(132.6, rel=1e-3)
+    # A value that does not convert is lost to the model, the event is not; a code that the model
+    # does not know is left alone.
+    for model in (in_mg, in_umol):
+        read = model_episode(view, model)
+        assert np.isnan(read.ev_value).tolist() == [False, False, True, False]
+        assert len(read.ev_code) == 4

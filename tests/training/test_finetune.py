@@ -245,7 +245,7 @@ def test_without_a_held_out_fold_the_last_epoch_is_kept(config: Config, tmp_path
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["episodes"], result["validation_episodes"]) == (15, 0)
     # Uncalibrated, but it can be scored.
-    _, calibration, _ = load_scorer(tmp_path)
+    calibration = load_scorer(tmp_path).calibration
     assert {t: (m.a, m.b) for t, m in calibration.items()} == dict.fromkeys(TASKS, (1.0, 0.0))
 
 

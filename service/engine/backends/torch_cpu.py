@@ -60,24 +60,28 @@ class TorchCpuBackend:
         )
 
     def verify_rows(self) -> None:
-        """Check on this very machine that a row does not depend on its neighbours, slot or turn.
+        """Check on this very machine that a row does not depend on its neighbours, place or slot.
 
-        Raises RowDependenceError. Overwrites the first slots: call before they are used.
+        Two hours of as many stays as fill a tick, together and one by one in other slots. Raises
+        RowDependenceError. Overwrites slots: call before they are used.
         """
         config = self._model.config
         rng = np.random.default_rng(0)
-        n = min(self.max_rows, self.n_slots, 8)
-        series = rng.standard_normal((n, config.n_series)).astype(np.float32)
-        events = rng.standard_normal((n, config.n_event_channels)).astype(np.float32)
-        together = self.tick(series, events, range(n), [0] * n).hidden
+        n = min(self.max_rows, self.n_slots)
+        series = rng.standard_normal((2, n, config.n_series)).astype(np.float32)
+        events = rng.standard_normal((2, n, config.n_event_channels)).astype(np.float32)
+        together = [
+            self.tick(series[hour], events[hour], range(n), [hour] * n).hidden for hour in (0, 1)
+        ]
         for i in range(n):
-            j = n - 1 - i
-            alone = self.tick(series[i : i + 1], events[i : i + 1], [j], [0]).hidden
-            if not np.array_equal(alone[0], together[i]):
-                raise RowDependenceError(
-                    "on this machine a row's result depends on the rows beside it; "
-                    "set LLM4EHR_ENGINE_ROWS=1"
-                )
+            for hour in (0, 1):
+                one = slice(i, i + 1)
+                alone = self.tick(series[hour, one], events[hour, one], [n - 1 - i], [hour]).hidden
+                if not np.array_equal(alone[0], together[hour][i]):
+                    raise RowDependenceError(
+                        "on this machine a row's result depends on the rows beside it; "
+                        "set LLM4EHR_ENGINE_ROWS=1"
+                    )
 
     def _filled(self, rows: NDArray[np.float32]) -> torch.Tensor:
         out = torch.zeros(self.max_rows, 1, rows.shape[1])
