@@ -14,12 +14,31 @@ from starlette.responses import JSONResponse, Response
 
 from service.answers import Selection, WithheldReason, data_age_hours, select_hours, withheld
 from service.api.deps import Context
-from service.api.problems import Problem
+from service.api.problems import Problem, documented
 from service.api.schemas import HoursQuery
 from service.core import BundleInfo, EpisodeView, HourStatus, Scores, hour_status
 from service.times import format_time
 
 _PRIVATE = "private, no-store"
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    304: {"description": "Nothing has changed since the entity tag in If-None-Match"},
+    **documented(
+        "episode-unknown",
+        "seq-not-reached",
+        "episode-deleted",
+        "episode-id-invalid",
+        "invalid-request",
+        "hour-out-of-range",
+        "hour-in-the-future",
+        "model-fault",
+        "log-unavailable",
+        "overloaded",
+        "engine-unavailable",
+    ),
+}
+"""What every selection of hours may be answered with, besides the hours."""
 
 
 @dataclass(frozen=True, slots=True)

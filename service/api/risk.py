@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from service.api import examples, problems
+from service.api import examples
 from service.api.deps import ContextDep, EpisodeId
-from service.api.hours import answer
+from service.api.hours import RESPONSES, answer
 from service.api.openapi import example
 from service.api.schemas import HoursQuery, RiskOut
 from service.core import Scores
@@ -24,20 +24,7 @@ router = APIRouter(tags=["scores"])
     response_model=RiskOut,
     responses={
         200: example(examples.RISK),
-        304: {"description": "Nothing has changed since the entity tag in If-None-Match"},
-        **problems.documented(
-            "episode-unknown",
-            "seq-not-reached",
-            "episode-deleted",
-            "episode-id-invalid",
-            "invalid-request",
-            "hour-out-of-range",
-            "hour-in-the-future",
-            "log-unavailable",
-            "overloaded",
-            "engine-unavailable",
-            "model-fault",
-        ),
+        **RESPONSES,
     },
 )
 async def get_risk(
