@@ -104,8 +104,7 @@ class _Replay:
             while not server.started:
                 if self._over.wait(0.1):
                     return
-            # In a session of its own it is spared the Ctrl-C that is meant for the service.
-            self._process = subprocess.Popen(self._command, start_new_session=True)
+            self._process = subprocess.Popen(self._command)
 
         threading.Thread(target=wait, daemon=True).start()
 

@@ -77,13 +77,28 @@ def _last_hour(stay: Any) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the replaying process outlives the service")
 def test_a_demo_ends_with_all_that_belongs_to_it(repository: Path, tmp_path: Path) -> None:
     """A replay that went on would fill whatever service comes next on the port."""
     with Server(repository, tmp_path, "--demo", "--seconds-per-hour", "60") as server:
         eventually(server, lambda: server.http.get("/episodes").json()["episodes"])
         assert server.terminate() == 0
         assert not server.leaves_processes()
+
+
+@pytest.mark.slow
+def test_a_demo_leaves_a_service_that_has_the_port_alone(repository: Path, tmp_path: Path) -> None:
+    with Server(repository, tmp_path) as server:
+        demo = subprocess.run(
+            [sys.executable, "-m", "service", "serve", "--demo"],
+            env=environment(repository, port=server.port),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert demo.returncode != 0
+        assert "Traceback" not in demo.stderr
+        assert server.http.get("/episodes").json()["episodes"] == []
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from tests.online import Replica, engine_of, tiny_bundle
 from tests.properties.ledger import Line, known
 from tests.service.fakes import Clock, at, stamp
 
+PATIENCE_S = 60
 EPISODES = ("a", "b", "c")
 episodes = st.sampled_from(EPISODES)
 shares = st.integers(0, 1000)
@@ -56,7 +57,7 @@ class EpisodeMachine(RuleBasedStateMachine):
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         self.clock.now += timedelta(minutes=1)
-        return self.runner.run(coroutine)
+        return self.runner.run(asyncio.wait_for(coroutine, PATIENCE_S))
 
     # Life of the service.
 

@@ -20,6 +20,9 @@ from tests.service.fakes import creatinine, hr
 Make = Callable[..., Network]
 Stay = Callable[..., Episode]
 
+PATIENCE_S = 60
+"""Of one example, which takes less than one."""
+
 # What happens between two requests.
 EVENTS = ("answer", "go on", "go on", "forget", "restart", "neighbours", "longer")
 
@@ -115,7 +118,7 @@ def test_what_happens_on_the_way_does_not_matter(
         finally:
             ward.stop()
 
-    scores, past = asyncio.run(stream())
+    scores, past = asyncio.run(asyncio.wait_for(stream(), PATIENCE_S))
     view = everything(bundle, items)
     # All its hours, and more if someone who still waits has asked for more.
     assert len(scores.hours) in {view.head_hour + 1, N_HOURS + 3}
@@ -153,7 +156,7 @@ def test_what_comes_after_an_hour_changes_nothing_up_to_it(
             engine.close()
 
     known = replica(everything(bundle, before).episode, N_HOURS)
-    for scores in asyncio.run(stream()):
+    for scores in asyncio.run(asyncio.wait_for(stream(), PATIENCE_S)):
         assert_same_bits(first_hours(scores, t + 1), first_hours(known, t + 1))
 
 
