@@ -33,6 +33,7 @@ from tests.properties.ledger import Line, known
 from tests.service.fakes import Clock, at, stamp
 
 PATIENCE_S = 60
+KINDS = ("hr", "temp", "creatinine", "creatinine_l")
 EPISODES = ("a", "b", "c")
 episodes = st.sampled_from(EPISODES)
 shares = st.integers(0, 1000)
@@ -142,22 +143,21 @@ class EpisodeMachine(RuleBasedStateMachine):
     def item(self, kind: str, time: float, **more: Any) -> tuple[Line, dict[str, Any]]:
         """A new item and the line it will be."""
         self.n += 1
-        what, list_, said = {
-            "hr": ("hr", "observation", {"variable": "hr"}),
-            "temp": ("temp", "observation", {"variable": "temp", "unit": "Cel"}),
-            "creatinine": (
-                "LOINC/2160-0",
-                "event",
-                {"code": "2160-0", "system": "http://loinc.org", "unit": "mg/dL"},
-            ),
+        event = {"code": "2160-0", "system": "http://loinc.org"}
+        what, list_, low, factor, said = {
+            "hr": ("hr", "observation", 60.0, 1, {"variable": "hr"}),
+            "temp": ("temp", "observation", 36.0, 1, {"variable": "temp", "unit": "Cel"}),
+            "creatinine": ("LOINC/2160-0", "event", 0.5, 1, event | {"unit": "mg/dL"}),
+            # The log keeps what was sent, the model reads mg/dL.
+            "creatinine_l": ("LOINC/2160-0", "event", 0.5, 10, event | {"unit": "mg/L"}),
         }[kind]
-        value = {"hr": 60.0, "temp": 36.0, "creatinine": 0.5}[kind] + self.n / 128
+        value = low + self.n / 128
         line = Line(
             seq=0, recorded_at=self.clock.now, kind=list_, what=what, value=value, time=time,
             available=more.get("available"), target=more.get("corrects"),
             item_id=more.get("id", ""),
         )  # fmt: skip
-        raw = said | {"value": value, "time": stamp(time)}
+        raw = said | {"value": value * factor, "time": stamp(time)}
         raw |= {key: more[key] for key in ("id", "corrects") if key in more}
         if line.available is not None:
             raw["available_at"] = stamp(line.available)
@@ -185,7 +185,7 @@ class EpisodeMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.lines)
     @rule(
         which=shares,
-        kinds=st.lists(st.sampled_from(["hr", "temp", "creatinine"]), min_size=1, max_size=4),
+        kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4),
         times=st.lists(shares, min_size=4, max_size=4),
         anonymous=st.booleans(),
         delay=st.sampled_from([None, None, 0, 300, 1000]),
@@ -206,7 +206,7 @@ class EpisodeMachine(RuleBasedStateMachine):
         self.post(name, *items)
 
     @precondition(lambda self: self.lines)
-    @rule(which=shares, whom=shares, share=shares, kind=st.sampled_from(["hr", "creatinine"]))
+    @rule(which=shares, whom=shares, share=shares, kind=st.sampled_from(KINDS))
     def correct(self, which: int, whom: int, share: int, kind: str) -> None:
         name = self.pick(which)
         corrected = self.target(name, whom)
@@ -323,6 +323,7 @@ def bundle(tiny_network: Callable[..., Network]) -> Bundle:
     return tiny_bundle(tiny_network)
 
 
+@pytest.mark.timeout(900)  # a failure is made small before it is shown
 def test_the_service_says_what_the_ledger_says(bundle: Bundle) -> None:
     replica = Replica(bundle)
     run_state_machine_as_test(

@@ -93,6 +93,7 @@ def everything(bundle: Bundle, items: list[Item]) -> EpisodeView:
     return Record(bundle.network.vocabulary).take(items)
 
 
+@pytest.mark.timeout(900)  # a failure is made small before it is shown
 @given(data=st.data())
 @settings(max_examples=80)
 def test_what_happens_on_the_way_does_not_matter(
@@ -120,8 +121,8 @@ def test_what_happens_on_the_way_does_not_matter(
 
     scores, past = asyncio.run(asyncio.wait_for(stream(), PATIENCE_S))
     view = everything(bundle, items)
-    # All its hours, and more if someone who still waits has asked for more.
-    assert len(scores.hours) in {view.head_hour + 1, N_HOURS + 3}
+    # All its hours, and more if someone who still waited had asked for more.
+    assert view.head_hour + 1 <= len(scores.hours) <= N_HOURS + 3
     assert_same_bits(scores, replica(view.episode, len(scores.hours)))
     for known, answered in past:
         assert answered.seq == known.seq
@@ -132,6 +133,7 @@ def first_hours(scores: Scores | Answers, n: int) -> Answers:
     return Answers(scores.hours[:n], scores.embeddings[:n])
 
 
+@pytest.mark.timeout(900)
 @given(data=st.data())
 @settings(max_examples=60)
 def test_what_comes_after_an_hour_changes_nothing_up_to_it(

@@ -177,6 +177,22 @@ async def test_a_view_that_comes_while_an_older_one_is_computed(
     assert hours == [*range(16), *range(3, 30)]
 
 
+async def test_an_older_view_takes_nothing_back(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    """A reader may submit what it holds after a writer has submitted more."""
+    backend = gate(bundle)
+    older = view_of(until(stay, 5), seq=1)
+    async with engine_on(bundle, backend=backend) as engine:
+        newer = await held(backend, lambda: engine.submit(view_of(stay, seq=2)))
+        beside = engine.submit(older)
+        backend.open.set()
+        for scores in (await newer, await beside, await engine.submit(older)):
+            assert scores.seq == 2
+            assert_same_bits(scores, replica(stay))
+    assert backend.n_rows == 30
+
+
 async def test_everyone_gets_the_hours_they_asked_for(
     bundle: Bundle, replica: Replica, stay: Episode
 ) -> None:

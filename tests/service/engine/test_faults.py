@@ -100,7 +100,6 @@ class _Broken(BaseException):
     """Not even an Exception."""
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("fault", [RuntimeError("patient 0815"), _Broken("patient 0815")])
 async def test_a_dead_engine_answers_everyone_and_says_so(
     bundle: Bundle,
