@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llm4ehr.store_tables import (
@@ -61,10 +62,13 @@ class StoreWriter:
         path: Path,
         info: StoreInfo,
         *,
-        codes: Mapping[str, CodeInfo],
+        codes: Mapping[str, CodeInfo] | None = None,
         episodes_per_group: int = EPISODES_PER_GROUP,
     ) -> None:
-        """Raises StoreError if `path` is a file or a folder that is not empty."""
+        """`codes`: what the events of `add` can carry.
+
+        Raises StoreError if `path` is a file or a folder that is not empty.
+        """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise StoreError(f"{path}: exists and is not an empty folder")
         if episodes_per_group < 1:
@@ -72,7 +76,7 @@ class StoreWriter:
         self._path = path.absolute()
         self._partial = self._path.with_name(self._path.name + ".partial")
         self._info = info
-        self._codes = dict(sorted(codes.items()))
+        self._codes = dict(codes or {})
         self._episodes_per_group = episodes_per_group
         self._block: list[EpisodeRecord] = []
         self._last_id: str | None = None
@@ -87,20 +91,33 @@ class StoreWriter:
 
     def add(self, record: EpisodeRecord) -> None:
         """Append a stay. Raises StoreError if it is out of order, malformed or of unknown codes."""
-        episode = record.episode
-        if self._last_id is not None and episode.episode_id <= self._last_id:
-            raise StoreError(
-                f"episode {episode.episode_id!r} after {self._last_id!r}: ids must increase"
-            )
-        check_episode(episode, self._codes)
-        self._last_id = episode.episode_id
+        self._check(record)
         self._block.append(record)
-        self._counts["episodes"] += 1
-        self._counts["observations"] += len(episode.obs_value)
-        self._counts["events"] += len(episode.ev_value)
-        self._counts["deaths"] += record.outcome.mortality is True
         if len(self._block) == self._episodes_per_group:
             self._flush()
+
+    def add_block(
+        self,
+        episodes: pa.Table,
+        observations: pa.Table,
+        events: pa.Table,
+        codes: Mapping[str, CodeInfo],
+    ) -> None:
+        """Append a block of stays as tables of `SCHEMAS`; `codes` are those of its events.
+
+        Unlike `add`, this keeps the available time of items. Raises StoreError like `add`, and for
+        a code that an earlier block gave another unit.
+        """
+        for code, info in codes.items():
+            known = self._codes.setdefault(code, info)
+            if known.unit != info.unit:
+                raise StoreError(f"code {code!r} in {known.unit!r} and in {info.unit!r}")
+        # What is written is what a reader will see.
+        for record in records_from_tables(episodes, observations, events, where="block"):
+            self._check(record)
+        if self._block:
+            self._flush()
+        self._write(episodes, observations, events)
 
     def close(
         self,
@@ -116,7 +133,7 @@ class StoreWriter:
             self._flush()
         for file in self._files.values():
             file.close()
-        codes = [{"code": code, **info._asdict()} for code, info in self._codes.items()]
+        codes = [{"code": code, **info._asdict()} for code, info in sorted(self._codes.items())]
         pq.write_table(
             pa.Table.from_pylist(codes, schema=SCHEMAS["codes.parquet"]),
             self._partial / "codes.parquet",
@@ -154,11 +171,26 @@ class StoreWriter:
         elif not self._closed:
             self.close()
 
+    def _check(self, record: EpisodeRecord) -> None:
+        """Raise StoreError if a stay is out of order or does not fit the schema."""
+        episode = record.episode
+        if self._last_id is not None and episode.episode_id <= self._last_id:
+            raise StoreError(
+                f"episode {episode.episode_id!r} after {self._last_id!r}: ids must increase"
+            )
+        check_episode(episode, self._codes)
+        self._last_id = episode.episode_id
+
     def _flush(self) -> None:
-        for name, table in zip(BLOCK_FILES, tables_from_records(self._block), strict=True):
+        self._write(*tables_from_records(self._block))
+        self._block = []
+
+    def _write(self, episodes: pa.Table, observations: pa.Table, events: pa.Table) -> None:
+        self._counts["deaths"] += pc.sum(episodes["mortality"]).as_py() or 0
+        for name, table in zip(BLOCK_FILES, (episodes, observations, events), strict=True):
+            self._counts[name.removesuffix(".parquet")] += len(table)
             # One row group, also for an empty table: group k must exist in all three files.
             self._files[name].write_table(table, row_group_size=max(len(table), 1))
-        self._block = []
 
     def _remove_partial(self) -> None:
         if not self._partial.exists():

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from llm4ehr.episode import Episode, Statics
 from llm4ehr.variables import VARIABLE_INDEX, VARIABLES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _TERM = pa.dictionary(pa.int32(), pa.string())
 
@@ -33,6 +33,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
             _column("episode_id", pa.string()),
             _column("subject_id", pa.string()),
             _column("split", pa.string()),
+            ("benchmark_split", pa.string()),  # the split of a published benchmark, if in one
             _column("n_hours", pa.int16()),
             ("age_years", pa.float64()),
             ("sex", pa.string()),
@@ -88,8 +89,9 @@ class CodeInfo(NamedTuple):
 class StoreInfo:
     """Where a store comes from and what is in it.
 
-    `label_notes` says for each task how the source labels it. `refused` and `repaired` count items
-    by reason. `counts` and `digests` (SHA-256 of each Parquet file) are filled in by the writer.
+    `label_notes` says for each task how the source labels it; `options` are the choices it was read
+    with. `refused` and `repaired` count items by reason. `counts` and `digests` (SHA-256 of each
+    Parquet file) are filled in by the writer.
     """
 
     source: str
@@ -97,6 +99,7 @@ class StoreInfo:
     citation: str
     created_by: str
     label_notes: Mapping[str, str]
+    options: Mapping[str, str] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, int] = field(default_factory=dict)
     repaired: Mapping[str, int] = field(default_factory=dict)
@@ -156,11 +159,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EpisodeRecord:
-    """One stay of a store: the episode, whose it is, which part of the source it is in, labels."""
+    """One stay of a store: the episode, whose it is, which part of the source it is in, labels.
+
+    `benchmark_split` is its part in the published benchmark of the source, if it is in one.
+    """
 
     episode: Episode
     subject_id: str
     split: str
+    benchmark_split: str | None = None
     outcome: Outcome = field(default_factory=Outcome)
 
 
@@ -191,7 +198,7 @@ def tables_from_records(block: Sequence[EpisodeRecord]) -> tuple[pa.Table, pa.Ta
     episodes = [r.episode for r in block]
     rows = [
         {"episode_id": r.episode.episode_id, "subject_id": r.subject_id, "split": r.split}
-        | {"n_hours": r.episode.n_hours}
+        | {"benchmark_split": r.benchmark_split, "n_hours": r.episode.n_hours}
         | {f.name: getattr(r.episode.statics, f.name) for f in dataclasses.fields(Statics)}
         | {f.name: getattr(r.outcome, f.name) for f in dataclasses.fields(Outcome)}
         for r in block
@@ -236,22 +243,27 @@ def records_from_tables(
 ) -> list[EpisodeRecord]:
     """Inverse of `tables_from_records`.
 
-    An item stands at the later of its effective and its available time. Raises StoreError, with
-    `where`, if the tables do not belong together.
+    An item stands at the later of its effective and its available time. Of the items of one kind
+    (and priority) that became known at one instant, only those with the latest effective time are
+    given: the others were history when they came. Raises StoreError, with `where`, if the tables do
+    not belong together.
     """
     ids = episodes["episode_id"].to_pylist()
-    obs_start = _starts(observations, ids, f"{where}: observations")
-    ev_start = _starts(events, ids, f"{where}: events")
+    observations, obs_owner, obs_hours = _as_known(
+        observations, ids, ("variable", "priority"), f"{where}: observations"
+    )
+    events, ev_owner, ev_hours = _as_known(events, ids, ("code",), f"{where}: events")
+    obs_start, ev_start = (
+        np.searchsorted(owner, np.arange(len(ids) + 1)) for owner in (obs_owner, ev_owner)
+    )
     names, name_of = _terms(observations["variable"])
     if unknown := set(names) - VARIABLE_INDEX.keys():
         raise StoreError(f"{where}: observations of the unknown variable {min(unknown)!r}")
     variable = np.array([VARIABLE_INDEX[n] for n in names], dtype=np.int16)[name_of]
-    obs_hours = _known_hours(observations)
     obs_value = observations["value"].to_numpy()
     priority = observations["priority"].to_numpy()
     codes, code_of = _terms(events["code"])
     code = np.array(codes, dtype=object)[code_of]
-    ev_hours = _known_hours(events)
     ev_value = events["value"].to_numpy()
 
     records = []
@@ -279,6 +291,7 @@ def records_from_tables(
                 episode=episode,
                 subject_id=row["subject_id"],
                 split=row["split"],
+                benchmark_split=row["benchmark_split"],
                 outcome=outcome,
             )
         )
@@ -291,19 +304,34 @@ def _terms(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
 
-def _starts(items: pa.Table, ids: Sequence[str], where: str) -> NDArray[np.int64]:
-    """First row of each episode [len(ids) + 1]; raises StoreError if rows are not in that order."""
+def _as_known(
+    items: pa.Table, ids: Sequence[str], kind: tuple[str, ...], where: str
+) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.float64]]:
+    """The items that count, the episode (position in `ids`) of each, and when it was known.
+
+    Raises StoreError if rows are not in the order of the episodes.
+    """
     position = {episode_id: i for i, episode_id in enumerate(ids)}
     terms, term_of = _terms(items["episode_id"])
     owner = np.array([position.get(t, -1) for t in terms], dtype=np.int64)[term_of]
     if (owner < 0).any() or (np.diff(owner) < 0).any():
         raise StoreError(f"{where} are not those of the episodes in their order")
-    starts: NDArray[np.int64] = np.searchsorted(owner, np.arange(len(ids) + 1))
-    return starts
-
-
-def _known_hours(items: pa.Table) -> NDArray[np.float64]:
-    hours: NDArray[np.float64] = np.fmax(
-        items["hours"].to_numpy(), items["available_hours"].to_numpy()
-    )
-    return hours
+    hours = items["hours"].to_numpy()
+    known: NDArray[np.float64] = np.fmax(hours, items["available_hours"].to_numpy())
+    if not (known > hours).any():
+        return items, owner, known
+    kinds = [
+        _terms(items[name])[1] if pa.types.is_dictionary(items[name].type) else items[name]
+        for name in kind
+    ]
+    keys = [np.asarray(k) for k in kinds] + [known, owner]
+    order = np.lexsort([hours, *keys])
+    same = np.ones(max(len(order) - 1, 0), dtype=bool)
+    for key in keys:
+        same &= key[order][1:] == key[order][:-1]
+    # Going back through a group, the latest effective time is the one of its last row.
+    last = np.append(~same, True) if len(order) else np.empty(0, bool)
+    group_end = np.flatnonzero(last)[np.cumsum(last) - last]
+    latest = np.zeros(len(order), dtype=bool)
+    latest[order] = hours[order] == hours[order][group_end]
+    return items.filter(pa.array(latest)), owner[latest], known[latest]

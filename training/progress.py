@@ -18,7 +18,7 @@ from rich.progress import (
 T = TypeVar("T")
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, disable: bool = False) -> Progress:
     """The one look of all progress bars."""
     return Progress(
         TextColumn("{task.description}"),
@@ -28,6 +28,7 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
+        disable=disable,
     )
 
 

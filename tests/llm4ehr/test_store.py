@@ -24,6 +24,7 @@ from llm4ehr.store import (
     StoreInfo,
     StoreWriter,
 )
+from llm4ehr.store_tables import SCHEMAS, records_from_tables
 from llm4ehr.variables import VARIABLES
 
 CODES = {
@@ -87,6 +88,7 @@ def record_lists(draw: st.DrawFn) -> list[EpisodeRecord]:
             episode=draw(episodes(episode_id)),
             subject_id=draw(st.text(st.characters(codec="utf-8"))),
             split=draw(st.sampled_from("abc")),
+            benchmark_split=draw(st.none() | st.sampled_from(["train", "test"])),
             outcome=Outcome(
                 mortality=draw(st.none() | st.booleans()),
                 los_hours=draw(possible),
@@ -130,6 +132,7 @@ def write(path: Path, records: Sequence[EpisodeRecord], per_group: int = 512) ->
 
 def assert_same(a: EpisodeRecord, b: EpisodeRecord) -> None:
     assert (a.subject_id, a.split, a.outcome) == (b.subject_id, b.split, b.outcome)
+    assert a.benchmark_split == b.benchmark_split
     for field in dataclasses.fields(Episode):
         x, y = getattr(a.episode, field.name), getattr(b.episode, field.name)
         if isinstance(x, np.ndarray):
@@ -259,6 +262,111 @@ class TestWriterRefuses:
             write(tmp_path / "s", [bad])
 
 
+Row = tuple[str, float, float | None, float, int]
+
+
+def tables(ids: Sequence[str], rows: Sequence[tuple[str, Row]]) -> tuple[pa.Table, ...]:
+    """A block of stays with observations (stay, (variable, hours, available, value, priority)).
+
+    Every observation is also an event of a code of the same name.
+    """
+    by_stay = sorted(rows, key=lambda r: ids.index(r[0]))
+    observed = [
+        {"episode_id": i, "variable": v, "hours": h, "available_hours": a}
+        | {"value": x, "priority": p}
+        for i, (v, h, a, x, p) in by_stay
+    ]
+    happened = [
+        {"episode_id": i, "code": v, "hours": h, "available_hours": a, "value": x}
+        for i, (v, h, a, x, _) in by_stay
+    ]
+    stays = [
+        {"episode_id": i, "subject_id": i, "split": "a", "n_hours": 48, "mortality": True}
+        for i in ids
+    ]
+    names = ("episodes", "observations", "events")
+    return tuple(
+        pa.Table.from_pylist(rows, schema=SCHEMAS[f"{name}.parquet"])
+        for name, rows in zip(names, (stays, observed, happened), strict=True)
+    )
+
+
+TWO = {"hr": CodeInfo("heart rate", "/min"), "sbp": CodeInfo("pressure", "mm[Hg]")}
+
+
+def test_blocks_of_tables_keep_both_times(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "s", INFO) as writer:
+        writer.add_block(*tables(["a", "b"], [("a", ("hr", 1.0, 1.5, 80.0, 0))]), TWO)
+        writer.add_block(*tables(["c"], []), {})
+        writer.add(EpisodeRecord(episode=simple("d", 1, 0).episode, subject_id="d", split="a"))
+        info = writer.close()
+    store = EpisodeStore.open(tmp_path / "s", verify=True)
+    assert info.counts == {"episodes": 4, "observations": 2, "events": 1, "deaths": 3}
+    assert store.n_blocks == 3
+    assert sorted(store.codes) == ["hr", "sbp"]
+    observations = pq.read_table(tmp_path / "s" / "observations.parquet")
+    assert observations["available_hours"].to_pylist() == [1.5, None]
+    assert [len(r.episode.obs_value) for r in store] == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "codes", "message"),
+    [
+        (["b", "a"], TWO, "'a' after 'b'"),
+        (["a"], {}, "'hr' is not in the table of codes"),
+        (["a"], TWO | {"hr": CodeInfo("heart rate", "/h")}, "'hr' in '/min' and in '/h'"),
+    ],
+)
+def test_a_bad_block_is_refused(
+    tmp_path: Path, ids: list[str], codes: dict[str, CodeInfo], message: str
+) -> None:
+    writer = StoreWriter(tmp_path / "s", INFO, codes={} if not codes else {"hr": TWO["hr"]})
+    with pytest.raises(StoreError, match=message):
+        writer.add_block(*tables(ids, [("a", ("hr", 1.0, None, 80.0, 0))]), codes)
+    writer.abort()
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from("ab"),
+            st.tuples(
+                st.sampled_from(["hr", "sbp"]),
+                st.integers(0, 4).map(float),
+                st.none() | st.integers(0, 6).map(float),
+                st.sampled_from([60.0, 70.0, 80.0]),
+                st.integers(0, 1),
+            ),
+        ),
+        max_size=25,
+    )
+)
+def test_of_items_known_at_one_instant_the_latest_counts(rows: list[tuple[str, Row]]) -> None:
+    """A nurse who files three hours at once tells the state of the last one."""
+    records = records_from_tables(*tables(["a", "b"], rows), where="here")
+    for record in records:
+        episode = record.episode
+        mine = [r for stay, r in rows if stay == episode.episode_id]
+        expected = []
+        for name, hours, available, value, priority in mine:
+            known = max(hours, available or 0.0)
+            peers = [
+                h for n, h, a, _, p in mine if (n, p, max(h, a or 0.0)) == (name, priority, known)
+            ]
+            if hours == max(peers):
+                expected.append((name, known, value, priority))
+        found = zip(
+            [VARIABLES[v].name for v in episode.obs_variable],
+            episode.obs_hours.tolist(),
+            episode.obs_value.tolist(),
+            episode.obs_priority.tolist(),
+            strict=True,
+        )
+        assert sorted(found) == sorted(expected)
+        times = {(c, h) for c, h in zip(episode.ev_code, episode.ev_hours, strict=True)}
+        assert times == {(n, max(h, a or 0.0)) for n, h, a, _, _ in mine}
+
+
 def test_an_outcome_needs_a_whole_interval_of_death() -> None:
     for low, high in ((48.0, None), (None, 72.0), (72.0, 72.0)):
         with pytest.raises(ValueError, match="no interval"):
@@ -324,7 +432,7 @@ def merge_groups(path: Path) -> None:
         (lambda p: (p / "store.json").unlink(), r"store\.json: No such file"),
         (lambda p: (p / "store.json").write_text("{"), r"store\.json: not valid JSON"),
         (lambda p: (p / "store.json").write_text("[]"), r"store\.json: not a JSON object"),
-        (edit_info(lambda b: b.update(schema_version=2)), "schema_version is 2, .* reads 1"),
+        (edit_info(lambda b: b.update(schema_version=3)), "schema_version is 3, .* reads 2"),
         (edit_info(lambda b: b.pop("licence")), "'licence' is missing"),
         (edit_info(lambda b: b.update(extra=1)), "unknown key 'extra'"),
         (edit_info(lambda b: b.update(counts=3)), "'counts' is not of type dict"),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,11 @@ from llm4ehr.episode import Episode, featurise
 from llm4ehr.offline import TOLERANCE, score_episodes
 from llm4ehr.store import EpisodeStore
 from service.__main__ import DEMO_STORE, main
-from service.api import Dependencies, create_app
 from service.core import EpisodeView
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.log import SqliteLog
-from service.replay import admission, hourly_bodies
-from service.settings import Settings
-from tests.online import engine_of, save_tiny
+from tests.online import save_tiny
+from tests.streaming import service_of, sorted_items, stream
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 NAMES = {
@@ -88,50 +84,14 @@ def streamed(
 
 async def _stream(bundle: Bundle, stays: dict[str, Episode], path: Path) -> Streamed:
     """Hour by hour as JSON over HTTP, and every answer as JSON back."""
-    log = SqliteLog(path)
     backend = TorchCpuBackend(bundle.network, n_slots=5, max_rows=64)
-    async with _app(bundle, backend, log) as (http, service):
+    async with service_of(bundle, backend, SqliteLog(path)) as (http, service):
         units = {code: info.unit for code, info in EpisodeStore.open(DEMO_STORE).codes.items()}
-        admitted_at = datetime.now(UTC) - timedelta(hours=60)
-        queues = {}
-        for name, stay in stays.items():
-            body = admission(stay, admitted_at)
-            assert (await http.put(f"/episodes/{name}", json=body)).status_code == 201
-            queues[name] = dict(hourly_bodies(stay, admitted_at, units))
-
-        async def post(name: str, hour: int) -> None:
-            body = queues[name].get(hour)
-            if body is not None and hour < stays[name].n_hours:
-                answer = (await http.post(f"/episodes/{name}/observations", json=body)).json()
-                assert answer["accepted"] == sum(map(len, body.values())), answer
-
-        for hour in range(max(stay.n_hours for stay in stays.values())):
-            await asyncio.gather(*(post(name, hour) for name in stays))
+        await stream(http, stays, units)
         return Streamed(
             views={name: await service.view(name) for name in stays},
             roads={name: await _read(http, name, stay.n_hours) for name, stay in stays.items()},
         )
-
-
-@asynccontextmanager
-async def _app(
-    bundle: Bundle, backend: TorchCpuBackend, log: SqliteLog
-) -> AsyncIterator[tuple[httpx.AsyncClient, Any]]:
-    engine = engine_of(bundle, backend=backend)
-    app = create_app(
-        Settings(staleness_limit_hours=None),
-        Dependencies(log=log, engine=engine, vocabulary=bundle.network.vocabulary),
-    )
-    transport = httpx.ASGITransport(app=app)
-    engine.start()
-    try:
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://test") as http,
-        ):
-            yield http, app.state.context.service
-    finally:
-        engine.close()
 
 
 async def _read(http: httpx.AsyncClient, name: str, n_hours: int) -> Road:
@@ -260,7 +220,7 @@ def test_http_and_json_lose_nothing(
     for name, stay in stays.items():
         held = streamed.views[name].episode
         assert held.statics == stay.statics
-        assert _sorted(held) == _sorted(stay)
+        assert sorted_items(held) == sorted_items(stay)
         n = stay.n_hours
         ours, theirs = (
             featurise(e, network.vocabulary, network.preprocessing, n) for e in (held, stay)
@@ -269,24 +229,6 @@ def test_http_and_json_lose_nothing(
             x, y = getattr(ours, array), getattr(theirs, array)
             assert (x.dtype, x.shape) == (y.dtype, y.shape)
             assert x.tobytes() == y.tobytes()
-
-
-def _sorted(episode: Episode) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
-    """Items as tuples of numbers, exactly; NaN by its name."""
-    observations = zip(
-        episode.obs_variable.tolist(),
-        episode.obs_hours.tolist(),
-        episode.obs_value.tolist(),
-        episode.obs_priority.tolist(),
-        strict=True,
-    )
-    events = zip(
-        episode.ev_code.tolist(),
-        episode.ev_hours.tolist(),
-        map(repr, episode.ev_value.tolist()),
-        strict=True,
-    )
-    return sorted(observations), sorted(events)
 
 
 def test_the_batch_file_says_where_it_comes_from(

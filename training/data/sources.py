@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm4ehr.store import CodeInfo, EpisodeRecord, StoreInfo
+
+if TYPE_CHECKING:  # which imports this module
+    from training.data.extraction import Expected
 
 _Parsed = TypeVar("_Parsed")
 _ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
@@ -36,12 +39,17 @@ class Tally:
             self.refused[f"{reason}:{names[i]}"] += int(n)
 
 
+@runtime_checkable
 class Dataset(Protocol):
-    """A data set found at its source, ready to be read."""
+    """A data set of one record file a stay, found at its source."""
 
     @property
     def info(self) -> StoreInfo:
         """Name, licence, citation and how its labels are to be understood."""
+
+    @property
+    def expected(self) -> Expected:
+        """What a sound copy of it holds."""
 
     @property
     def codes(self) -> Mapping[str, CodeInfo]:
