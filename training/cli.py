@@ -32,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(a: argparse.Namespace) -> None:
     from training.data.prepare import prepare
 
-    info = prepare(a.dataset, a.source, a.out)
+    given = {name: getattr(a, name) for name in ("profile", "lab_delay", "code_map")}
+    options = {name: value for name, value in given.items() if value is not None}
+    info = prepare(a.dataset, a.source, a.out, **options)
     print(json.dumps(info.counts, indent=2))
+    print(f"report: {a.out / 'report.html'}")
 
 
 def _pretrain(a: argparse.Namespace) -> None:
@@ -80,6 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("dataset", choices=sorted(READERS))
     prepare.add_argument("--source", type=Path, required=True, help="folder of the official files")
     prepare.add_argument("--out", type=Path, required=True, help="episode store to write")
+    prepare.add_argument(
+        "--profile",
+        choices=("strict", "benchmark"),
+        help="mimic3, eicu: corrected (default), or the published benchmark with its quirks",
+    )
+    prepare.add_argument(
+        "--lab-delay",
+        type=float,
+        metavar="HOURS",
+        help="mimic3, mimic4: from drawing a sample to its result, where the source does not tell",
+    )
+    prepare.add_argument(
+        "--code-map", type=Path, metavar="FILE", help="meds: YAML that maps codes to the variables"
+    )
     prepare.set_defaults(run_command=_prepare)
 
     for name, run, text in (
@@ -106,7 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--repository", type=Path, default=Path("model_repository"))
     export.add_argument("--name", required=True)
     export.add_argument("--version", type=int, required=True)
-    export.add_argument("--metrics", type=Path, help="metrics.json of `evaluate`, for the card")
+    export.add_argument(
+        "--metrics",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="metrics.json of `evaluate`, one for each data set, for the card",
+    )
     export.set_defaults(run_command=_export)
 
     chain = commands.add_parser("chain", help="open data -> bundle, all steps in one")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from llm4ehr.episode import Episode, Sex, Statics, UnitType
 from llm4ehr.store import CodeInfo, EpisodeRecord, Outcome, StoreInfo
 from training.data.codes import CODES
+from training.data.extraction import Expected
 from training.data.physionet2012_rules import (
     CODE,
     DESCRIPTORS,
@@ -87,6 +88,8 @@ _INFO = StoreInfo(
     },
 )
 
+LABELLED_TASKS = frozenset({"mortality", "decompensation", "remaining_los"})
+
 
 class PhysioNet2012:
     """The data set at `source`: a folder with sets, or one set. Raises SourceError if none is."""
@@ -100,11 +103,16 @@ class PhysioNet2012:
         if not self._sets:
             raise SourceError(f"{source}: holds none of set-a, set-b, set-c (folder or .tar.gz)")
         self.n_episodes = sum(len(r.names) for r in self._sets.values())
+        labelled = any(self._outcomes_file(split).exists() for split in self._sets)
+        self.expected = Expected(tasks=LABELLED_TASKS if labelled else frozenset())
+
+    def _outcomes_file(self, split: str) -> Path:
+        return self._sets[split].path.parent / f"Outcomes-{split}.txt"
 
     def records(self, tally: Tally) -> Iterator[EpisodeRecord]:
         """Yield every stay in the order of its RecordID."""
         for split, record_set in self._sets.items():
-            outcomes = _read_outcomes(record_set.path.parent / f"Outcomes-{split}.txt", tally)
+            outcomes = _read_outcomes(self._outcomes_file(split), tally)
             for files in chunks(record_set, _FILES_AT_ONCE):
                 for episode in _episodes(files, tally):
                     name = episode.episode_id

@@ -19,6 +19,7 @@ from llm4ehr.episode import Episode, Sex, Statics, UnitType
 from llm4ehr.store import CodeInfo, EpisodeRecord, StoreInfo
 from llm4ehr.variables import VARIABLE_INDEX, VARIABLES
 from training.data.codes import CODES
+from training.data.extraction import Expected
 from training.data.sources import (
     RecordFile,
     RecordSet,
@@ -134,6 +135,7 @@ class PhysioNet2019:
     """The data set at `source`: a folder with sets, or one set. Raises SourceError if none is."""
 
     info = _INFO
+    expected = Expected(absent_variables=frozenset({"gcs_total"}))
     codes: Mapping[str, CodeInfo] = {c: CODES[c] for c in (*EVENTS.values(), _IONIZED_CALCIUM)}
 
     def __init__(self, source: Path) -> None:

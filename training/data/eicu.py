@@ -1,0 +1,155 @@
+"""eICU Collaborative Research Database 2.0: 200,859 unit stays in 208 hospitals of the USA.
+
+A source is a folder with the official tables, as .csv or .csv.gz. Only `patient` and one table with
+vital signs are needed; what else is absent is reported, for a hospital may lack a table as well.
+All times of eICU are minutes since unit admission.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from llm4ehr.store import StoreInfo
+from training.data import eicu_benchmark, eicu_events, eicu_observations
+from training.data.eicu_cohort import described, strict_stays, with_age
+from training.data.eicu_tables import BEDSIDE, KEY, OPTIONAL, find
+from training.data.extraction import Cohort, Expected, Items, Scan
+from training.data.sources import SourceError, Tally
+
+Profile = Literal["strict", "benchmark"]
+
+_MORTALITY = (
+    "Death in hospital: hospitaldischargestatus. {}Null where the status of the hospital discharge "
+    "is not known."
+)
+_DECOMPENSATION = (
+    "Death in hospital, in the unit or after it. eICU has no time of death: it is the unit "
+    "discharge of a stay that ended with death, else the hospital discharge. The benchmark counts "
+    "deaths in the unit alone."
+)
+_REMAINING = "Unit stay: unitdischargeoffset."
+_CITATION = (
+    "Pollard TJ, Johnson AEW, Raffa JD, Celi LA, Mark RG, Badawi O. The eICU Collaborative "
+    "Research Database, a freely available multi-center database for critical care research. "
+    "Scientific Data 2018;5:180178. doi:10.1038/sdata.2018.178. Version 2.0, "
+    "doi:10.13026/C2WM1R. Goldberger AL et al. PhysioBank, PhysioToolkit, and PhysioNet. "
+    "Circulation 2000;101(23):e215-e220."
+)
+_LABELS: Mapping[Profile, Mapping[str, str]] = {
+    "strict": {
+        "mortality": _MORTALITY.format("A death in the unit counts if that is not known. ")
+        + " Null if the two contradict each other.",
+        "decompensation": _DECOMPENSATION,
+        "length_of_stay": _REMAINING,
+        "phenotyping": "The first ICD-9 code of every diagnosis, ICD-10 where there is no other. "
+        "Null for a stay without a code.",
+    },
+    "benchmark": {
+        "mortality": _MORTALITY.format(""),
+        "decompensation": _DECOMPENSATION,
+        "length_of_stay": _REMAINING,
+        "phenotyping": "The first code of diagnoses entered after admission, if it is an ICD-9 "
+        "code. Null for a stay with none of the 25.",
+    },
+}
+
+
+class EICU:
+    """The data set at `source`.
+
+    `profile` 'strict' is for use, 'benchmark' for comparison with Sheikhalishahi et al. (2020).
+    Raises SourceError if `source` lacks `patient` or every table with vital signs, and for the
+    benchmark also if it lacks nurse charting or laboratory results.
+    """
+
+    def __init__(self, source: Path, *, profile: Profile = "strict") -> None:
+        if profile not in _LABELS:
+            raise SourceError(f"eicu has no profile {profile!r}; known: strict, benchmark")
+        self.limits = profile == "strict"
+        self.expected = Expected(
+            tasks=frozenset({"mortality", "decompensation", "remaining_los", "phenotyping"}),
+            published={} if self.limits else {"stays": eicu_benchmark.PUBLISHED_STAYS},
+        )
+        self.info = StoreInfo(
+            source="eicu",
+            licence="PhysioNet Credentialed Health Data License 1.5.0; the demo: ODbL-1.0",
+            citation=_CITATION,
+            created_by="training.data.eicu",
+            label_notes=_LABELS[profile],
+            options={"profile": profile},
+        )
+        patient = find(source, "patient")
+        if patient is None:
+            raise SourceError(f"{source}: no patient.csv or patient.csv.gz")
+        self._patient = patient
+        found = {name: find(source, name) for name in OPTIONAL}
+        self._tables = {name: table for name, table in found.items() if table is not None}
+        self._benchmark = profile == "benchmark"
+        if self._benchmark:
+            for name in ("nurseCharting", "lab"):
+                if name not in self._tables:
+                    raise SourceError(f"{source}: no {name}, which the benchmark is made of")
+        elif not any(name in self._tables for name in BEDSIDE):
+            raise SourceError(f"{source}: none of {', '.join(BEDSIDE)}: no vital signs")
+
+    def cohort(self, tally: Tally) -> Cohort:
+        """The stays. The benchmark profile passes over nurse charting and lab for this."""
+        for name in OPTIONAL:
+            if name not in self._tables:
+                tally.refused[f"table-absent:{name}"] += 1
+        patients = with_age(self._patient.read())
+        if self._benchmark:
+            stays, steps = eicu_benchmark.benchmark_stays(
+                patients, self._tables["nurseCharting"], self._tables["lab"]
+            )
+        else:
+            stays, steps = strict_stays(patients)
+        diagnosis = self._tables.get("diagnosis")
+        diagnoses = None if diagnosis is None else diagnosis.read()
+        return described(stays, steps, diagnoses, tally, benchmark=self._benchmark)
+
+    def scans(self, cohort: Cohort) -> Sequence[Scan]:
+        """The tables of observations and events that there are."""
+        stays = cohort.stays.select(
+            pl.col("_id").alias(KEY), stay=pl.int_range(pl.len(), dtype=pl.Int32)
+        )
+        selects: dict[str, Callable[..., pl.DataFrame]] = {
+            "nurseCharting": partial(eicu_observations.select_charting, benchmark=self._benchmark),
+            "vitalPeriodic": eicu_observations.select_monitor,
+            "vitalAperiodic": eicu_observations.select_monitor,
+            "lab": eicu_events.select_labs,
+            "respiratoryCharting": eicu_observations.select_oxygen,
+            "physicalExam": eicu_observations.select_exam,
+            "infusionDrug": eicu_events.select_infusions,
+            "treatment": eicu_events.select_treatments,
+        }
+        if self._benchmark:
+            for name in ("vitalPeriodic", "vitalAperiodic", "respiratoryCharting", "physicalExam"):
+                del selects[name]
+        medication = self._tables.get("medication")
+        if medication is not None:
+            names = eicu_events.ingredient_names(medication)
+            selects["medication"] = partial(eicu_events.select_orders, names=names)
+        return [
+            Scan(name, self._tables[name], partial(_select, select, stays))
+            for name, select in selects.items()
+            if name in self._tables
+        ]
+
+    def assemble(
+        self, stays: pl.DataFrame, items: Mapping[str, pl.DataFrame], tally: Tally
+    ) -> Items:
+        """Observations and events of a block of stays."""
+        make = eicu_benchmark.observations if self._benchmark else eicu_observations.observations
+        return Items(make(items, tally), *eicu_events.events(items, tally))
+
+
+def _select(
+    select: Callable[..., pl.DataFrame], stays: pl.DataFrame, rows: pl.DataFrame, tally: Tally
+) -> pl.DataFrame:
+    return select(rows, stays, tally=tally)
