@@ -1,6 +1,6 @@
 """Command line of the training side.
 
-prepare | pretrain | finetune | crossvalidate | evaluate | export | chain
+prepare | pretrain | finetune | crossvalidate | evaluate | export | chain | meds
 """
 
 from __future__ import annotations
@@ -11,47 +11,62 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm4ehr.backbone import BackboneError
-from llm4ehr.bundle import BundleError
-from llm4ehr.store import StoreError
-from training.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from training.data import READERS
+
+# What a command needs is imported when it runs: `prepare` needs no torch.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. What a user can mend is one line, no traceback."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run_command(arguments)
-    except (BackboneError, BundleError, ConfigError, OSError, StoreError, ValueError) as error:
+        return int(arguments.run_command(arguments) or 0)
+    except (OSError, ValueError) as error:  # every error of ours that has a cure is a ValueError
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
-    return 0
 
 
-def _prepare(a: argparse.Namespace) -> None:
+def _prepare(a: argparse.Namespace) -> int:
     from training.data.prepare import prepare
 
+    if a.check:
+        return _check(a)
+    if a.out is None:
+        raise ValueError("--out is missing: the episode store to write")
     given = {name: getattr(a, name) for name in ("profile", "lab_delay", "code_map")}
     options = {name: value for name, value in given.items() if value is not None}
     info = prepare(a.dataset, a.source, a.out, **options)
     print(json.dumps(info.counts, indent=2))
     print(f"report: {a.out / 'report.html'}")
+    return 0
+
+
+def _check(a: argparse.Namespace) -> int:
+    from training.data.user_table import check
+
+    if a.dataset != "table":
+        raise ValueError(f"--check is for the data set table, not {a.dataset}")
+    report = check(a.source)
+    print(report)
+    return 0 if report.passed else 1
 
 
 def _pretrain(a: argparse.Namespace) -> None:
+    from training.config import PretrainConfig, load_config
     from training.pretrain import pretrain
 
     pretrain(load_config(PretrainConfig, a.config, a.set))
 
 
 def _finetune(a: argparse.Namespace) -> None:
+    from training.config import FinetuneConfig, load_config
     from training.finetune import finetune
 
     finetune(load_config(FinetuneConfig, a.config, a.set))
 
 
 def _crossvalidate(a: argparse.Namespace) -> None:
+    from training.config import FinetuneConfig, load_config
     from training.crossvalidate import crossvalidate
 
     print(json.dumps(crossvalidate(load_config(FinetuneConfig, a.config, a.set)), indent=2))
@@ -64,9 +79,21 @@ def _chain(a: argparse.Namespace) -> None:
 
 
 def _evaluate(a: argparse.Namespace) -> None:
+    from llm4ehr.model import TASKS
     from training.evaluate import evaluate
 
-    print(json.dumps(evaluate(a.model, a.store, a.split, a.out), indent=2))
+    if unknown := sorted(set(a.labels or ()) - set(TASKS)):
+        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    report = evaluate(
+        a.model,
+        a.store,
+        a.split,
+        a.out,
+        labels=a.labels,
+        split_column=a.split_column,
+        max_episodes=a.max_episodes,
+    )
+    print(json.dumps(report, indent=2))
 
 
 def _export(a: argparse.Namespace) -> None:
@@ -75,29 +102,25 @@ def _export(a: argparse.Namespace) -> None:
     print(export(a.run, a.repository, a.name, a.version, a.metrics))
 
 
+def _meds(a: argparse.Namespace) -> None:
+    from training.meds_export import write_labels, write_predictions
+    from training.meds_store import write_dataset
+
+    if a.what == "dataset":
+        print(f"{write_dataset(a.store, a.out):,} events")
+    elif a.what == "labels":
+        print(json.dumps(write_labels(a.store, a.out), indent=2))
+    elif a.predictions is None:
+        raise ValueError("--predictions is missing: the file that `python -m service score` wrote")
+    else:
+        rows = write_predictions(a.predictions, a.store, a.out, threshold=a.threshold)
+        print(json.dumps(rows, indent=2))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True)
-
-    prepare = commands.add_parser("prepare", help="official files -> episode store")
-    prepare.add_argument("dataset", choices=sorted(READERS))
-    prepare.add_argument("--source", type=Path, required=True, help="folder of the official files")
-    prepare.add_argument("--out", type=Path, required=True, help="episode store to write")
-    prepare.add_argument(
-        "--profile",
-        choices=("strict", "benchmark"),
-        help="mimic3, eicu: corrected (default), or the published benchmark with its quirks",
-    )
-    prepare.add_argument(
-        "--lab-delay",
-        type=float,
-        metavar="HOURS",
-        help="mimic3, mimic4: from drawing a sample to its result, where the source does not tell",
-    )
-    prepare.add_argument(
-        "--code-map", type=Path, metavar="FILE", help="meds: YAML that maps codes to the variables"
-    )
-    prepare.set_defaults(run_command=_prepare)
+    _add_prepare(commands)
 
     for name, run, text in (
         ("pretrain", _pretrain, "episode stores -> encoder"),
@@ -111,10 +134,17 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run_command=run)
 
-    evaluate = commands.add_parser("evaluate", help="score a split and compute metrics")
+    evaluate = commands.add_parser("evaluate", help="score splits and compute metrics")
     evaluate.add_argument("model", type=Path, help="bundle folder or fine-tuning run")
-    evaluate.add_argument("--store", type=Path, required=True)
-    evaluate.add_argument("--split", required=True)
+    evaluate.add_argument(
+        "--store", type=Path, action="append", required=True, help="repeat it to pool stores"
+    )
+    evaluate.add_argument("--split", action="append", required=True)
+    evaluate.add_argument("--split-column", choices=("split", "benchmark_split"), default="split")
+    evaluate.add_argument(
+        "--labels", action="append", metavar="TASK", help="task to judge; repeatable; default: all"
+    )
+    evaluate.add_argument("--max-episodes", type=int, help="read at most so many of each store")
     evaluate.add_argument("--out", type=Path, help="folder for metrics.json and predictions")
     evaluate.set_defaults(run_command=_evaluate)
 
@@ -135,9 +165,45 @@ def _parser() -> argparse.ArgumentParser:
 
     chain = commands.add_parser("chain", help="open data -> bundle, all steps in one")
     chain.add_argument(
-        "--data", type=Path, required=True, help="folder with physionet2012/ and physionet2019/"
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with the official files, see docs/training.md",
     )
     chain.add_argument("--out", type=Path, required=True, help="folder for stores and runs")
     chain.add_argument("--size", choices=("demo", "full"), default="full")
     chain.set_defaults(run_command=_chain)
+
+    meds = commands.add_parser("meds", help="episode store -> MEDS data set, labels, predictions")
+    meds.add_argument("what", choices=("dataset", "labels", "predictions"))
+    meds.add_argument("--store", type=Path, required=True)
+    meds.add_argument("--out", type=Path, required=True, help="folder to write")
+    meds.add_argument("--predictions", type=Path, help="file that `python -m service score` wrote")
+    meds.add_argument("--threshold", type=float, default=0.5, help="of a positive prediction")
+    meds.set_defaults(run_command=_meds)
     return parser
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    prepare = commands.add_parser("prepare", help="official files -> episode store")
+    prepare.add_argument("dataset", choices=sorted(READERS))
+    prepare.add_argument("--source", type=Path, required=True, help="folder of the official files")
+    prepare.add_argument("--out", type=Path, help="episode store to write")
+    prepare.add_argument(
+        "--profile",
+        choices=("strict", "benchmark"),
+        help="mimic3, eicu: corrected (default), or the published benchmark with its quirks",
+    )
+    prepare.add_argument(
+        "--lab-delay",
+        type=float,
+        metavar="HOURS",
+        help="mimic3, mimic4: from drawing a sample to its result, where the source does not tell",
+    )
+    prepare.add_argument(
+        "--code-map", type=Path, metavar="FILE", help="meds: YAML that maps codes to the variables"
+    )
+    prepare.add_argument(
+        "--check", action="store_true", help="table: only say which rows would be refused"
+    )
+    prepare.set_defaults(run_command=_prepare)

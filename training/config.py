@@ -13,16 +13,16 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
 )
 
-from training.labels import LabelAlign
+from llm4ehr.model import Task
+from training.labels import MIN_HISTORY_HOURS, LabelAlign, LabelOptions
 from training.objectives import ObjectiveConfig
-
-HourlyTask = Literal["decompensation", "mortality", "remaining_los"]
 
 
 class Strict(BaseModel):
@@ -36,10 +36,17 @@ class ConfigError(ValueError):
 
 
 class SourceConfig(Strict):
-    """One episode store and the splits to read from it."""
+    """One episode store, and what to read from it.
+
+    `labels` names the tasks whose labels are taken from it (null: all that it has). Of a store with
+    more than `max_episodes` stays in the splits, a fixed part of that size is read.
+    """
 
     store: Path
-    splits: tuple[str, ...]
+    splits: tuple[str, ...] = Field(min_length=1)
+    split_column: Literal["split", "benchmark_split"] = "split"
+    labels: tuple[Task, ...] | None = None
+    max_episodes: PositiveInt | None = None
 
 
 class DataConfig(Strict):
@@ -128,17 +135,31 @@ class FinetuneConfig(Strict):
     seed: int = 0
     pretrained: Path
     data: DataConfig
-    tasks: dict[HourlyTask, PositiveFloat] = Field(min_length=1)  # task -> weight of its loss
+    tasks: dict[Task, PositiveFloat] = Field(min_length=1)  # task -> weight of its loss
     tuning: Literal["linear", "end_to_end"] = "linear"
     label_align: LabelAlign = "bin_end"  # M13
+    # Decompensation, remaining stay and phenotypes are asked at times after so many hours.
+    min_history_hours: NonNegativeFloat = MIN_HISTORY_HOURS
     # The network reads hours up to this one when it is fine-tuned and selected.
     max_hours: PositiveInt = 200
     modality_dropout: float = Field(default=0.1, ge=0, le=1)
     dropout: float | None = Field(default=None, ge=0, lt=1)
     encoder_learning_rate: PositiveFloat | None = None  # of everything but the heads
-    select_by: HourlyTask = "mortality"
+    # The epoch that is kept: the one with the best score of a task, or the lowest weighted loss.
+    select_by: Task | Literal["loss"] = "loss"
     patience: PositiveInt = 3
     optim: OptimConfig = OptimConfig(epochs=10, learning_rate=5e-4)
+
+    @model_validator(mode="after")
+    def _selects_by_a_head(self) -> Self:
+        if self.select_by != "loss" and self.select_by not in self.tasks:
+            raise ValueError(f"select_by: {self.select_by} is not one of the tasks")
+        return self
+
+    @property
+    def label_options(self) -> LabelOptions:
+        """How labels are made."""
+        return LabelOptions(align=self.label_align, min_history_hours=self.min_history_hours)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

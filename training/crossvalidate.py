@@ -10,7 +10,7 @@ import numpy as np
 
 from training.config import FinetuneConfig
 from training.dataset import open_sources, subject_fold
-from training.evaluate import hourly_table, load_scorer, task_metrics
+from training.evaluate import hourly_table, load_scorer, pooled, task_metrics
 from training.finetune import finetune
 
 
@@ -21,7 +21,7 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
     epoch, the calibration and the decision threshold of their fold, so the figures are slightly
     optimistic.
     """
-    parts, thresholds = [], []
+    tables, thresholds = [], []
     for fold in range(config.data.n_folds):
         run = config.run / f"fold{fold}"
         data = config.data.model_copy(update={"validation_fold": fold})
@@ -29,17 +29,17 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
         finetune(one)
         scorer = load_scorer(run)
         thresholds.append(scorer.thresholds)
-        for store, splits in open_sources(config.data.sources, training=True):
-            for split in sorted(splits):
-                table = hourly_table(scorer, store, split)
-                folds = {
-                    s: subject_fold(f"{store.info.source}/{s}", config.data.n_folds)
-                    for s in np.unique(table["subject"])
-                }
-                held_out = np.array([folds[s] == fold for s in table["subject"]])
-                parts.append({name: column[held_out] for name, column in table.items()})
-    pooled = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    mean = {t: float(np.mean([x[t] for x in thresholds])) for t in thresholds[0]}
-    report = {"folds": config.data.n_folds, "tasks": task_metrics(pooled, mean)}
+        for source in open_sources(config.data.sources, training=True):
+            table = hourly_table(scorer, source)
+            fold_of = {s: subject_fold(s, config.data.n_folds) for s in np.unique(table["subject"])}
+            held_out = np.array([fold_of[s] == fold for s in table["subject"]], dtype=bool)
+            tables.append({name: column[held_out] for name, column in table.items()})
+    # A fold without a certain label of a task has no threshold for it.
+    mean = {
+        task: float(np.mean([of[task] for of in thresholds if task in of]))
+        for task in sorted(set().union(*thresholds))
+    }
+    tasks = task_metrics(pooled(tables), mean, scorer.phenotypes)
+    report = {"folds": config.data.n_folds, "tasks": tasks}
     (config.run / "crossvalidation.json").write_text(json.dumps(report, indent=2))
     return report

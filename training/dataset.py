@@ -1,7 +1,9 @@
 """Episodes of one or more stores as model input, ready for a training loop.
 
-Features are made once by `llm4ehr.episode.featurise` and kept as flat arrays on disk,
-memory-mapped, under a name made of everything they depend on.
+Series are made once by `llm4ehr.episode.featurise` and kept as flat arrays on disk, memory-mapped,
+under a name made of everything they depend on. Event channels would be many times as large (three
+for every code of the vocabulary, at every hour): the events themselves are kept, and a batch is
+expanded by `llm4ehr.episode.event_channels`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,82 +22,112 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm4ehr.episode import (
+    EVENT_CHANNELS,
     N_VARIABLES,
     Preprocessing,
+    empty_episode,
+    event_channels,
     event_tokens,
     featurise,
     hour_of,
     preprocessing_digest,
 )
+from llm4ehr.model import TASKS, Task
 from llm4ehr.store import EpisodeRecord, EpisodeStore
 from llm4ehr.vocabulary import Vocabulary, fit_vocabulary
 from training.config import PreprocessingOptions, SourceConfig
-from training.labels import LabelAlign, hourly_labels
+from training.labels import DEFAULT_LABELS, LabelOptions, phenotype_flags, record_labels
 from training.progress import track
 
 # Never trained on, not even without labels: the evaluation set of the challenge.
 _EVALUATION_ONLY = {("physionet2012", "c")}
 
-_ARRAYS = (
-    "series",
-    "events",
-    "labels",
-    "token_ids",
-    "token_hours",
-    "hour_offsets",
-    "token_offsets",
-)
-LABEL_COLUMNS = ("decompensation", "mortality", "remaining_los")
+_HOURLY = ("series", "labels", "valid")
+_EVENTS = ("event_code", "event_hours", "event_value")
+_TOKENS = ("token_ids", "token_hours")
+_OFFSETS = ("hour_offsets", "event_offsets", "token_offsets")
+_FEATURES_VERSION = 2  # of the arrays in the cache
+LABEL_COLUMNS: tuple[Task, ...] = ("decompensation", "mortality", "remaining_los")
 
 
 class LeakageError(ValueError):
     """A training run would read data that is kept for evaluation."""
 
 
-def open_sources(
-    sources: Sequence[SourceConfig], *, training: bool
-) -> list[tuple[EpisodeStore, set[str]]]:
-    """Open the stores with the splits to read.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An open store with the stays to read from it."""
 
-    Raises LeakageError when `training` and a split is for evaluation only.
+    store: EpisodeStore
+    config: SourceConfig
+    episode_ids: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        """The data set."""
+        return self.store.info.source
+
+    def labels_taken(self, task: Task) -> bool:
+        """Whether the labels of a task are taken from here."""
+        return self.config.labels is None or task in self.config.labels
+
+
+def open_sources(configs: Sequence[SourceConfig], *, training: bool) -> list[Source]:
+    """Open the stores and choose the stays to read.
+
+    Raises LeakageError when `training` would read what is for evaluation only, under whatever name,
+    and ValueError when a store has no stays in the splits.
     """
     opened = []
-    for source in sources:
-        store = EpisodeStore.open(source.store)
-        for split in source.splits:
+    for config in configs:
+        store = EpisodeStore.open(config.store)
+        rows = store.labels.select(["episode_id", "split", "benchmark_split"]).to_pylist()
+        chosen = [row for row in rows if row[config.split_column] in config.splits]
+        named = config.splits if config.split_column == "split" else ()
+        for split in sorted({*named, *(row["split"] for row in chosen)}):
             if training and (store.info.source, split) in _EVALUATION_ONLY:
                 raise LeakageError(
                     f"split {split!r} of {store.info.source} is for evaluation only; "
                     "it must not be trained on, not even without labels"
                 )
-        opened.append((store, set(source.splits)))
+        ids = [row["episode_id"] for row in chosen]
+        if not ids:
+            splits = ", ".join(repr(split) for split in config.splits)
+            raise ValueError(f"{config.store}: {config.split_column} {splits} has no episodes")
+        if config.max_episodes is not None:
+            ids = sorted(ids, key=lambda i: _hash(f"{store.info.source}/{i}"))[
+                : config.max_episodes
+            ]
+        opened.append(Source(store=store, config=config, episode_ids=frozenset(ids)))
     return opened
 
 
-def records(
-    sources: Sequence[tuple[EpisodeStore, set[str]]], description: str
-) -> Iterator[tuple[EpisodeStore, EpisodeRecord]]:
-    """All episodes of the chosen splits, with a progress bar."""
-    total = sum(store.n_episodes for store, _ in sources)
-    everything = ((store, splits, r) for store, splits in sources for r in store)
-    for store, splits, record in track(everything, description, total):
-        if record.split in splits:
-            yield store, record
+def records(sources: Sequence[Source], description: str) -> Iterator[tuple[Source, EpisodeRecord]]:
+    """All chosen episodes, with a progress bar."""
+    total = sum(source.store.n_episodes for source in sources)
+    everything = ((source, r) for source in sources for r in source.store)
+    for source, record in track(everything, description, total):
+        if record.episode.episode_id in source.episode_ids:
+            yield source, record
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def subject_fold(subject: str, n_folds: int) -> int:
     """Fold of a subject, the same in every run: all stays of one patient fall into one fold."""
-    return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:8], "big") % n_folds
+    return _hash(subject) % n_folds
 
 
 def fit_preprocessing(
-    sources: Sequence[tuple[EpisodeStore, set[str]]], options: PreprocessingOptions, max_codes: int
+    sources: Sequence[Source], options: PreprocessingOptions, max_codes: int
 ) -> tuple[Preprocessing, Vocabulary]:
-    """Normalisation and vocabulary of the training split."""
+    """Normalisation and vocabulary of the chosen stays, and of nothing else in the stores."""
     sums = np.zeros((3, N_VARIABLES))  # count, sum, sum of squares about the normal value
     values: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     descriptors: dict[str, tuple[str, str | None]] = {}
-    for store, record in records(sources, "fitting normalisation and vocabulary"):
+    for source, record in records(sources, "fitting normalisation and vocabulary"):
         episode = record.episode
         for power in range(3):
             np.add.at(sums[power], episode.obs_variable, episode.obs_value**power)
@@ -103,7 +135,7 @@ def fit_preprocessing(
         codes, code_of = np.unique(episode.ev_code[inside].astype(str), return_inverse=True)
         for i, code in enumerate(codes.tolist()):
             values[code].append(episode.ev_value[inside][code_of == i])
-            descriptors.setdefault(code, store.codes[code])
+            descriptors.setdefault(code, source.store.codes[code])
     count = np.maximum(sums[0], 1)
     mean = sums[1] / count
     std = np.sqrt(np.maximum(sums[2] / count - mean**2, 0))
@@ -135,6 +167,8 @@ class Batch:
     events: Tensor  # [B, T, E]
     hour_mask: Tensor  # [B, T]
     labels: Tensor  # [B, T, 3], NaN = unknown; columns LABEL_COLUMNS
+    valid: Tensor  # [B, T], hours at which tasks are asked
+    phenotypes: Tensor  # [B, 25], NaN = unknown
     token_ids: Tensor  # [B, N]
     token_hours: Tensor  # [B, N], -1 = padding
     token_mask: Tensor  # [B, N]
@@ -152,28 +186,47 @@ class Batch:
 class FeatureSet:
     """Model input of many episodes as flat memory-mapped arrays with offsets."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, preprocessing: Preprocessing, vocabulary: Vocabulary) -> None:
         meta = json.loads((folder / "episodes.json").read_text())
         self.episode_ids: list[str] = meta["episode_ids"]
         self.subjects: list[str] = meta["subjects"]
         self.sources: list[str] = meta["sources"]
-        for name in _ARRAYS:
+        for name in (*_HOURLY, *_EVENTS, *_TOKENS, *_OFFSETS, "phenotypes"):
             setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+        self._bin_edge = preprocessing.bin_edge
+        self._vocabulary = vocabulary
+        self._codes = np.array([entry.code for entry in vocabulary.entries], dtype=object)
 
     series: NDArray[np.float32]
-    events: NDArray[np.float32]
     labels: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+    phenotypes: NDArray[np.float32]  # [episodes, 25]
+    event_code: NDArray[np.int16]
+    event_hours: NDArray[np.float64]
+    event_value: NDArray[np.float64]
     token_ids: NDArray[np.int32]
     token_hours: NDArray[np.int16]
     hour_offsets: NDArray[np.int64]
+    event_offsets: NDArray[np.int64]
     token_offsets: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.episode_ids)
 
     def hours(self, i: int) -> slice:
-        """Rows of episode i in `series`, `events` and `labels`."""
+        """Rows of episode i in `series`, `labels` and `valid`."""
         return slice(int(self.hour_offsets[i]), int(self.hour_offsets[i + 1]))
+
+    def events(self, i: int, n_hours: int) -> NDArray[np.float32]:
+        """Event channels [n_hours, E] of episode i, the same as those of `featurise`."""
+        rows = slice(int(self.event_offsets[i]), int(self.event_offsets[i + 1]))
+        episode = replace(
+            empty_episode(self.episode_ids[i], n_hours),
+            ev_code=self._codes[self.event_code[rows]],
+            ev_hours=np.asarray(self.event_hours[rows]),
+            ev_value=np.asarray(self.event_value[rows]),
+        )
+        return event_channels(episode, self._vocabulary, n_hours, self._bin_edge)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -184,22 +237,30 @@ class FeatureSet:
         """Fold of each episode, by subject."""
         return np.array([subject_fold(s, n_folds) for s in self.subjects], dtype=np.int64)
 
-    def batch(self, index: NDArray[np.int64], max_tokens: int = 0) -> Batch:
-        """Collate the given episodes; events beyond `max_tokens` are cut off (M20)."""
-        lengths = self.lengths[index]
+    def batch(
+        self, index: NDArray[np.int64], max_tokens: int = 0, max_hours: int | None = None
+    ) -> Batch:
+        """Collate the first `max_hours` hours of the given episodes.
+
+        Events beyond `max_tokens` are cut off (M20).
+        """
+        lengths = np.minimum(self.lengths[index], max_hours or self.lengths.max())
         n, longest = len(index), int(lengths.max())
         tokens = np.minimum(np.diff(self.token_offsets)[index], max_tokens)
         widest = max(int(tokens.max()), 1)
         series = np.zeros((n, longest, self.series.shape[1]), np.float32)
-        events = np.zeros((n, longest, self.events.shape[1]), np.float32)
+        events = np.zeros((n, longest, len(self._vocabulary) * EVENT_CHANNELS), np.float32)
         labels = np.full((n, longest, len(LABEL_COLUMNS)), np.nan, np.float32)
+        valid = np.zeros((n, longest), bool)
         token_ids = np.zeros((n, widest), np.int64)
         token_hours = np.full((n, widest), -1, np.int64)
         for row, i in enumerate(index):
-            hours = self.hours(i)
-            series[row, : lengths[row]] = self.series[hours]
-            events[row, : lengths[row]] = self.events[hours]
-            labels[row, : lengths[row]] = self.labels[hours]
+            length = int(lengths[row])
+            hours = slice(self.hours(i).start, self.hours(i).start + length)
+            series[row, :length] = self.series[hours]
+            events[row, :length] = self.events(i, length)
+            labels[row, :length] = self.labels[hours]
+            valid[row, :length] = self.valid[hours]
             start = self.token_offsets[i]
             token_ids[row, : tokens[row]] = self.token_ids[start : start + tokens[row]]
             token_hours[row, : tokens[row]] = self.token_hours[start : start + tokens[row]]
@@ -209,6 +270,8 @@ class FeatureSet:
             events=torch.from_numpy(events),
             hour_mask=torch.from_numpy(np.arange(longest) < lengths[:, None]),
             labels=torch.from_numpy(labels),
+            valid=torch.from_numpy(valid),
+            phenotypes=torch.from_numpy(self.phenotypes[index]),
             token_ids=torch.from_numpy(token_ids),
             token_hours=torch.from_numpy(token_hours),
             token_mask=torch.from_numpy(np.arange(widest) < tokens[:, None]),
@@ -216,61 +279,87 @@ class FeatureSet:
 
 
 def build_features(
-    sources: Sequence[tuple[EpisodeStore, set[str]]],
+    sources: Sequence[Source],
     preprocessing: Preprocessing,
     vocabulary: Vocabulary,
     cache: Path,
-    align: LabelAlign = "bin_end",
+    options: LabelOptions = DEFAULT_LABELS,
 ) -> FeatureSet:
-    """Featurise the chosen splits, or reuse what was made from the very same inputs before."""
+    """Featurise the chosen stays, or reuse what was made from the very same inputs before."""
     key = [
+        _FEATURES_VERSION,
         preprocessing_digest(preprocessing, vocabulary),
-        [(store.info.digests, sorted(splits)) for store, splits in sources],
-        align,
+        [
+            (s.store.info.digests, sorted(s.episode_ids), sorted(filter(s.labels_taken, TASKS)))
+            for s in sources
+        ],
+        asdict(options),
     ]
     folder = cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if not folder.exists():
-        _write_features(sources, preprocessing, vocabulary, align, folder)
-    return FeatureSet(folder)
+        _write_features(sources, preprocessing, vocabulary, options, folder)
+    return FeatureSet(folder, preprocessing, vocabulary)
 
 
 def _write_features(
-    sources: Sequence[tuple[EpisodeStore, set[str]]],
+    sources: Sequence[Source],
     preprocessing: Preprocessing,
     vocabulary: Vocabulary,
-    align: LabelAlign,
+    options: LabelOptions,
     folder: Path,
 ) -> None:
-    parts: dict[str, list[NDArray[np.generic]]] = {name: [] for name in _ARRAYS[:5]}
+    columns = (*_HOURLY, *_EVENTS, *_TOKENS)
+    parts: dict[str, list[NDArray[np.generic]]] = {name: [] for name in columns}
+    phenotypes: list[NDArray[np.float32]] = []
     meta: dict[str, list[str]] = {"episode_ids": [], "subjects": [], "sources": []}
-    lengths, token_counts = [], []
-    for store, record in records(sources, "featurising"):
-        n_hours = min(record.episode.n_hours, preprocessing.max_hours)
+    for source, record in records(sources, "featurising"):
+        episode = record.episode
+        n_hours = min(episode.n_hours, preprocessing.max_hours)
         if n_hours < 1:
             continue
-        features = featurise(record.episode, vocabulary, preprocessing, n_hours)
-        tokens = event_tokens(record.episode, vocabulary, n_hours, preprocessing)
-        labels = hourly_labels(record.outcome, n_hours, align)
-        parts["series"].append(features.series)
-        parts["events"].append(features.events)
-        parts["labels"].append(np.stack([getattr(labels, c) for c in LABEL_COLUMNS], axis=1))
+        parts["series"].append(featurise(episode, vocabulary, preprocessing, n_hours).series)
+        for name, array in _labels(source, record, n_hours, options).items():
+            parts[name].append(array)
+        flags = phenotype_flags(record.outcome)
+        phenotypes.append(flags if source.labels_taken("phenotyping") else flags * np.nan)
+        code = vocabulary.indices(episode.ev_code)
+        hour = hour_of(episode.ev_hours, preprocessing.bin_edge)
+        keep = (code >= 0) & (hour >= 0) & (hour < n_hours)
+        parts["event_code"].append(code[keep].astype(np.int16))
+        parts["event_hours"].append(episode.ev_hours[keep])
+        parts["event_value"].append(episode.ev_value[keep])
+        tokens = event_tokens(episode, vocabulary, n_hours, preprocessing)
         parts["token_ids"].append(tokens.ids)
         parts["token_hours"].append(tokens.hours)
-        lengths.append(n_hours)
-        token_counts.append(len(tokens.ids))
-        meta["episode_ids"].append(record.episode.episode_id)
-        meta["subjects"].append(f"{store.info.source}/{record.subject_id}")
-        meta["sources"].append(store.info.source)
-    if not lengths:
+        meta["episode_ids"].append(episode.episode_id)
+        meta["subjects"].append(f"{source.name}/{record.subject_id}")
+        meta["sources"].append(source.name)
+    if not phenotypes:
         raise ValueError("no episodes with an hour to learn from in the chosen splits")
     partial = folder.with_name(folder.name + f".{os.getpid()}.partial")
     partial.mkdir(parents=True)
     for name, arrays in parts.items():
         np.save(partial / f"{name}.npy", np.concatenate(arrays))
-    np.save(partial / "hour_offsets.npy", np.cumsum([0, *lengths]))
-    np.save(partial / "token_offsets.npy", np.cumsum([0, *token_counts]))
+    np.save(partial / "phenotypes.npy", np.stack(phenotypes))
+    for name, of in zip(_OFFSETS, ("series", "event_code", "token_ids"), strict=True):
+        np.save(partial / f"{name}.npy", np.cumsum([0, *(len(array) for array in parts[of])]))
     (partial / "episodes.json").write_text(json.dumps(meta))
     partial.rename(folder)
+
+
+def _labels(
+    source: Source, record: EpisodeRecord, n_hours: int, options: LabelOptions
+) -> dict[str, NDArray[np.generic]]:
+    """`labels` [T, 3] of the tasks that the source labels, and `valid` [T]."""
+    made = record_labels(record, n_hours, options)
+    unknown = np.full(n_hours, np.nan, np.float32)
+    columns = {
+        "decompensation": made.decompensation,
+        "mortality": made.mortality,
+        "remaining_los": made.remaining_los,
+    }
+    taken = [columns[task] if source.labels_taken(task) else unknown for task in LABEL_COLUMNS]
+    return {"labels": np.stack(taken, axis=1), "valid": made.valid}
 
 
 def batches(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ _TASK_TITLES = {
     "mortality_at_48h": "In-hospital mortality, read at hour 48",
     "decompensation": "Decompensation (death within 24 hours), every hour",
     "decompensation_at_48h": "Decompensation, at hour 48 only",
-    "remaining_los_days": "Remaining length of hospital stay in days, every hour",
+    "remaining_los_days": "Remaining length of stay in days, every hour",
+    "phenotyping": "Phenotypes, read at the last hour of the stay",
+    "phenotyping_at_24h": "Phenotypes, at hour 24 (diagnostic)",
 }
 
 _SOURCE_LIMITS = {
@@ -34,34 +39,61 @@ _SOURCE_LIMITS = {
         "GCS.",
     ),
 }
+# Said of these data sets where they are the open demos, which the licence tells.
+_DEMO_LIMITS = {
+    "eicu": "eICU demo: some 2,000 stays in many hospitals of the United States in 2014 and 2015. "
+    "No time of death is recorded; the end of the unit or hospital stay stands for it.",
+    "mimic3": "MIMIC-III demo: 100 patients of one hospital, chosen because they have died since. "
+    "Far more of them died in hospital than on a ward.",
+    "mimic4": "MIMIC-IV demo: 100 patients of one hospital.",
+}
+_SHARE_ALIKE = re.compile("ODbL|Open Database License")
+_SHARED_PATIENTS = (
+    "MIMIC-III and MIMIC-IV come from one hospital (2001 to 2012, 2008 to 2019) under unrelated "
+    "ids. A patient could be in both and so on both sides of a split; this cannot be checked."
+)
 
 
 def export(
-    run: Path, repository: Path, name: str, version: int, metrics_file: Path | None = None
+    run: Path,
+    repository: Path,
+    name: str,
+    version: int,
+    metrics_files: Sequence[Path] = (),
+    command: str | None = None,
 ) -> Path:
     """Write `<repository>/<name>/<version>/` from a fine-tuning run; returns the folder.
 
+    `metrics_files` are those of `evaluate`; `command` is the one that made the run, for the card.
     The weights of the backbone are stored as bfloat16 where that loses nothing, which is so when a
     frozen pre-trained backbone was rounded before training. Raises BundleError if the version is
     there already.
     """
     scorer = load_scorer(run)
     network = scorer.network
-    config = json.loads((run / "finetune.json").read_text())
-    result = json.loads((run / "result.json").read_text())
-    pretraining = json.loads((run / "pretrained.json").read_text())
-    metrics = json.loads(metrics_file.read_text()) if metrics_file else {}
+    made = Provenance(
+        config=json.loads((run / "finetune.json").read_text()),
+        result=json.loads((run / "result.json").read_text()),
+        pretraining=json.loads((run / "pretrained.json").read_text()),
+        environment=json.loads((run / "environment.json").read_text()),
+        command=command,
+    )
+    evaluations = [json.loads(file.read_text()) for file in metrics_files]
     labels = {
         "tasks": list(network.model.config.heads),
-        "phenotypes": [],
+        "phenotypes": list(scorer.phenotypes),
         "thresholds": scorer.thresholds,
-        "label_align": scorer.label_align,
-        "label_notes": result["label_notes"],
+        "label_align": scorer.label_options.align,
+        "min_history_hours": scorer.label_options.min_history_hours,
+        "label_notes": made.result["label_notes"],
     }
     provenance = {
-        "finetuning": {"config": config, "result": result},
-        "pretraining": pretraining,
-        "environment": json.loads((run / "environment.json").read_text()),
+        "command": command,
+        "finetuning": {"config": made.config, "result": made.result},
+        "pretraining": made.pretraining,
+        "environment": made.environment,
+        "preprocessing_digest": network.preprocessing_digest,
+        "vocabulary_digest": network.vocabulary.digest,
     }
     return save_bundle(
         repository,
@@ -70,10 +102,26 @@ def export(
         network,
         calibration=scorer.calibration,
         labels=labels,
-        metrics={"evaluation": metrics, "provenance": provenance},
-        card=model_card(name, version, network, config, result, pretraining, metrics),
+        metrics={"evaluations": evaluations, "provenance": provenance},
+        card=model_card(name, version, network, made, evaluations),
         half=_rounded(network),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """How a network came to be: configuration and result of its runs, hardware, command."""
+
+    config: dict[str, Any]
+    result: dict[str, Any]
+    pretraining: dict[str, Any]
+    environment: dict[str, Any]
+    command: str | None
+
+    @property
+    def licences(self) -> dict[str, str]:
+        """Data set -> licence, of everything that was trained on."""
+        return {**self.pretraining["result"]["licences"], **self.result["licences"]}
 
 
 def _rounded(network: Network) -> bool:
@@ -85,14 +133,12 @@ def model_card(
     name: str,
     version: int,
     network: Network,
-    config: dict[str, Any],
-    result: dict[str, Any],
-    pretraining: dict[str, Any],
-    metrics: dict[str, Any],
+    made: Provenance,
+    evaluations: Sequence[dict[str, Any]],
 ) -> str:
-    """The model card as Markdown. Every number in it comes from `metrics` or the runs' results."""
+    """The model card as Markdown. Every number in it comes from an evaluation or a run's result."""
     backbone = network.model.config.backbone
-    licences = {**pretraining["result"]["licences"], **result["licences"]}
+    pretraining, result = made.pretraining, made.result
     lines = [
         f"# {name}, version {version}",
         "",
@@ -106,24 +152,44 @@ def model_card(
         f"{network.model.config.events}; {len(network.vocabulary)} event codes.",
         "It reads the 11 variables, events and static facts of a stay hour by hour, up to hour "
         f"{network.preprocessing.max_hours}, and answers at the end of every hour: "
-        f"{', '.join(config['tasks'])}.",
+        f"{', '.join(made.config['tasks'])}.",
         "",
         "## Data",
         "",
         f"- Pre-trained without labels on {pretraining['result']['episodes']:,} stays "
         f"({pretraining['result']['hours']:,} hours): {_sources(pretraining['config'])}.",
         f"- Fine-tuned on {result['episodes']:,} stays, calibrated and selected on "
-        f"{result['validation_episodes']:,} held-out ones: {_sources(config)}.",
-        *(f"- {source}: {licence}" for source, licence in sorted(licences.items())),
-        "",
+        f"{result['validation_episodes']:,} held-out ones: {_sources(made.config)}.",
+        *(
+            f"- Stays with a label for {task}: "
+            + (", ".join(f"{n:,} of {source}" for source, n in of.items()) or "none")
+            + "."
+            for task, of in result["labelled"].items()
+        ),
+        *_licence_section(made.licences),
         "## Labels",
+        "",
+        "Decompensation, remaining stay and phenotypes are asked at times after "
+        f"{made.config['min_history_hours']:g} hours, after the first observation, and inside the "
+        "stay.",
         "",
         *(f"- {task}: {note}" for task, note in sorted(result["label_notes"].items())),
         "",
-        *_metrics_section(metrics),
+        "## How it was made",
+        "",
+        *([f"- Command: `{made.command}`"] if made.command else []),
+        f"- Seeds: {pretraining['config']['seed']} (pre-training), {made.config['seed']} "
+        "(fine-tuning)",
+        f"- Hardware: {made.environment['gpu'] or 'no GPU'}, {made.environment['processor']}, "
+        f"{made.environment['cores']} cores",
+        "- Software: "
+        + ", ".join(f"{package} {v}" for package, v in made.environment["packages"].items()),
+        f"- Preprocessing and vocabulary, SHA-256: `{result['preprocessing_digest']}`",
+        "",
+        *(line for evaluation in evaluations for line in _metrics_section(evaluation)),
         "## Limits",
         "",
-        *(f"- {limit}" for source in sorted(licences) for limit in _SOURCE_LIMITS.get(source, ())),
+        *(f"- {limit}" for limit in _limits(made)),
         "- The labels are not independent of care: treated patients look safer than they are.",
         "",
     ]
@@ -131,36 +197,103 @@ def model_card(
 
 
 def _sources(config: dict[str, Any]) -> str:
-    parts = [
-        f"{Path(s['store']).name} (splits {', '.join(s['splits'])})"
-        for s in config["data"]["sources"]
-    ]
+    parts = []
+    for source in config["data"]["sources"]:
+        part = f"{Path(source['store']).name} (splits {', '.join(source['splits'])}"
+        if source.get("labels") is not None:
+            part += f"; labels: {', '.join(source['labels']) or 'none'}"
+        parts.append(part + ")")
     return "; ".join(parts)
 
 
-def _metrics_section(metrics: dict[str, Any]) -> list[str]:
-    if not metrics:
-        return []
+def _licence_section(licences: dict[str, str]) -> list[str]:
     lines = [
-        "## Metrics",
         "",
-        f"On {metrics['store']}, split {metrics['split']} ({metrics['episodes']:,} stays, not used "
-        "in training). In brackets the 95 % interval, bootstrap over patients, seed "
-        f"{metrics['seed_of_bootstrap']}. Measured by `{metrics['command']}`.",
+        "## Licences of the data",
+        "",
+        *(f"- {source}: {licence}" for source, licence in sorted(licences.items())),
         "",
     ]
-    for task, values in metrics["tasks"].items():
+    if shared := sorted(source for source, text in licences.items() if _SHARE_ALIKE.search(text)):
+        lines += [
+            f"{', '.join(shared)}: the Open Database License is a share-alike licence. Keep this "
+            "notice with every copy of the bundle. A database derived from the data, or from this "
+            "bundle as far as it is one, may be passed on under the same licence only.",
+            "",
+        ]
+    return lines
+
+
+def _limits(made: Provenance) -> list[str]:
+    licences = made.licences
+    demos = {source for source in _DEMO_LIMITS if _SHARE_ALIKE.search(licences.get(source, ""))}
+    limits = [limit for source in sorted(licences) for limit in _SOURCE_LIMITS.get(source, ())]
+    limits += [_DEMO_LIMITS[source] for source in sorted(demos)]
+    if {"mimic3", "mimic4"} <= licences.keys():
+        limits.append(_SHARED_PATIENTS)
+    for task, of in made.result["labelled"].items():
+        if of and set(of) <= demos:
+            limits.append(
+                f"{task} was learnt from {sum(of.values()):,} stays of the demo data sets alone. "
+                "This shows that the head works, not how well it can work."
+            )
+    return limits
+
+
+def _metrics_section(report: dict[str, Any]) -> list[str]:
+    known = [of["patients_trained_on"] for of in report["sources"]]
+    used = (
+        "no patient of them used in fine-tuning"
+        if known == [0] * len(known)
+        else "SOME PATIENTS OF THEM WERE TRAINED ON"
+        if any(known)
+        else "not known whether used in training"
+    )
+    where = ", ".join(f"{of['source']} ({of['episodes']:,} stays)" for of in report["sources"])
+    lines = [
+        f"## Metrics on {' + '.join(of['source'] for of in report['sources'])}",
+        "",
+        f"On split {' and '.join(report['splits'])} of {where}; {used}. In brackets the 95 % "
+        f"interval, bootstrap over patients, seed {report['seed_of_bootstrap']}. "
+        f"Measured by `{report['command']}`.",
+        "",
+    ]
+    for task, values in report["tasks"].items():
         lines += [f"**{_TASK_TITLES[task]}**", "", "| metric | value |", "|---|---|"]
-        for metric, value in values.items():
-            if isinstance(value, dict):
-                shown = [
-                    "not defined" if value[k] is None else f"{value[k]:.3f}"
-                    for k in ("value", "ci95_low", "ci95_high")
-                ]
-                lines.append(f"| {metric} | {shown[0]} ({shown[1]} to {shown[2]}) |")
-            elif isinstance(value, float):
-                lines.append(f"| {metric} | {value:.3f} |")
-            else:
-                lines.append(f"| {metric} | {value} |")
+        lines += [
+            f"| {metric} | {_shown(value)} |"
+            for metric, value in values.items()
+            if metric != "per_label"
+        ]
+        lines.append("")
+        if task == "phenotyping":
+            lines += ["| phenotype | positives | AUROC |", "|---|---|---|"]
+            lines += [
+                f"| {name} | {of['positives']} | {_shown(of['auroc'])} |"
+                for name, of in values["per_label"].items()
+            ]
+            lines.append("")
+    if "by_source" in report:
+        lines += ["| data set | task | metric | value |", "|---|---|---|---|"]
+        lines += [
+            f"| {source} | {task} | {metric} | {_shown(value)} |"
+            for source, tasks in report["by_source"].items()
+            for task, values in tasks.items()
+            for metric, value in values.items()
+            if metric in _HEADLINES
+        ]
         lines.append("")
     return lines
+
+
+# What is shown of each data set of a pooled evaluation.
+_HEADLINES = ("rows", "positives", "hours", "stays", "auroc", "mae", "auroc_macro")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        low, high = _shown(value["ci95_low"]), _shown(value["ci95_high"])
+        return f"{_shown(value['value'])} ({low} to {high})"
+    if value is None:
+        return "not defined"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,35 +19,80 @@ from llm4ehr.bundle import Network, load_network, save_network
 from llm4ehr.calibration import OutputMap
 from llm4ehr.model import LLM4EHR, Task
 from training.config import FinetuneConfig
+from training.data.phenotypes import PHENOTYPES
 from training.dataset import (
     LABEL_COLUMNS,
     Batch,
     FeatureSet,
+    LeakageError,
+    Source,
     batches,
     build_features,
     open_sources,
     subsample,
 )
+from training.labels import certain
 from training.loop import RunFolder, Trainer, autocast, device
-from training.metrics import auroc, fit_platt, mae, s1_threshold
+from training.metrics import auroc, fit_platt, macro, mae, s1_threshold
+
+_NOTE_TASK = {"length_of_stay": "remaining_los"}  # what stores may call a task in label_notes
 
 
-def task_losses(outputs: dict[Task, Tensor], labels: Tensor) -> dict[str, Tensor]:
-    """Mean loss of each task over its known hours; 0 where none is known.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What hours are to be compared with. N hours of S stays; NaN = unknown."""
 
-    Decompensation and mortality: binary cross-entropy at every hour, soft labels allowed. Remaining
-    stay: squared error of log(1 + days), so that a day counts more near the end than far from it.
+    hourly: Tensor  # [N, 3], columns LABEL_COLUMNS
+    valid: Tensor  # [N] hours at which tasks are asked
+    stay: Tensor  # [N] row of `phenotypes`, rising
+    phenotypes: Tensor  # [S, 25]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Targets:
+        """The hours inside the stays of a batch, stay by stay."""
+        mask = batch.hour_mask
+        return cls(
+            hourly=batch.labels[mask],
+            valid=batch.valid[mask],
+            stay=mask.nonzero()[:, 0],
+            phenotypes=batch.phenotypes,
+        )
+
+    @property
+    def last(self) -> Tensor:
+        """[S] the last hour of every stay."""
+        return torch.bincount(self.stay, minlength=len(self.phenotypes)).cumsum(0) - 1
+
+
+def task_losses(outputs: Mapping[Task, Tensor], targets: Targets) -> dict[str, Tensor]:
+    """Mean loss of each task over what is known; 0 where nothing is.
+
+    `outputs` are raw, [N, n]. Decompensation: binary cross-entropy of every hour, soft labels
+    allowed. Remaining stay: squared error of log(1 + days), so that a day counts more near the end
+    than far from it. Mortality and phenotypes have one label a stay: binary cross-entropy (mean
+    over the phenotypes) of every hour, and every stay counts the same however long it is.
     """
     losses: dict[str, Tensor] = {}
-    for task, out in outputs.items():
-        target = labels[..., LABEL_COLUMNS.index(task)]
-        known = ~target.isnan()
-        x, y = out[..., 0].float()[known], target[known]
-        if task == "remaining_los":
-            loss = F.mse_loss(x, torch.log1p(y / 24), reduction="sum")
+    for task, raw in outputs.items():
+        x = raw.float()
+        if task == "phenotyping":
+            y = targets.phenotypes[targets.stay]
+            known = targets.valid & ~y.isnan().any(1)
+            cost = F.binary_cross_entropy_with_logits(x[known], y[known], reduction="none").mean(1)
         else:
-            loss = F.binary_cross_entropy_with_logits(x, y, reduction="sum")
-        losses[task] = loss / known.sum().clamp(min=1)
+            y = targets.hourly[:, LABEL_COLUMNS.index(task)]
+            known = ~y.isnan()
+            x, y = x[known, 0], y[known]
+            if task == "remaining_los":
+                cost = F.mse_loss(x, torch.log1p(y / 24), reduction="none")
+            else:
+                cost = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        if task in ("mortality", "phenotyping"):
+            hours = torch.bincount(targets.stay[known], minlength=len(targets.phenotypes))
+            cost = cost / hours[targets.stay[known]]
+            losses[task] = cost.sum() / (hours > 0).sum().clamp(min=1)
+        else:
+            losses[task] = cost.sum() / known.sum().clamp(min=1)
     return losses
 
 
@@ -63,7 +110,8 @@ def with_heads(network: Network, config: FinetuneConfig) -> Network:
         backbone = replace(backbone, config=backbone.config | rates)
     # A backbone trained from random weights comes as not frozen; linear tuning freezes it too.
     backbone = replace(backbone, frozen=config.tuning == "linear")
-    model = LLM4EHR(replace(old.config, backbone=backbone, heads=dict.fromkeys(config.tasks, 1)))
+    heads = {task: len(PHENOTYPES) if task == "phenotyping" else 1 for task in config.tasks}
+    model = LLM4EHR(replace(old.config, backbone=backbone, heads=heads))
     missing, unexpected = model.load_state_dict(old.state_dict(), strict=False)
     assert not unexpected
     assert all(name.startswith("heads.") for name in missing)
@@ -78,32 +126,53 @@ def with_heads(network: Network, config: FinetuneConfig) -> Network:
 @torch.no_grad()
 def predict(
     model: LLM4EHR, features: FeatureSet, index: NDArray[np.int64], max_hours: int, precision: str
-) -> dict[str, NDArray[np.float32]]:
-    """Raw outputs of each task, one row an hour, episodes in the order of `index`; and "labels"."""
+) -> tuple[dict[Task, Tensor], Targets]:
+    """Raw outputs [N, n] of each task at every hour, stays in the order of `index`, and targets."""
     was_training = model.training
     model.eval()
     on = next(model.parameters()).device
-    rows: dict[str, list[NDArray[np.float32]]] = {"labels": []}
+    rows: dict[Task, list[Tensor]] = {}
+    targets: list[Targets] = []
     for start in range(0, len(index), 128):
-        batch = _truncated(features.batch(index[start : start + 128]), max_hours).to(on)
+        batch = features.batch(index[start : start + 128], max_hours=max_hours)
+        there = batch.to(on)
         with autocast(precision, on):
-            outputs = model.predict(model.encode_hours(batch.series, batch.events, batch.hour_mask))
-        mask = batch.hour_mask.cpu()
+            v = model.encode_hours(there.series, there.events, there.hour_mask)
+            outputs = model.predict(v[there.hour_mask])
         for task, out in outputs.items():
-            rows.setdefault(task, []).append(out[..., 0].float().cpu()[mask].numpy())
-        rows["labels"].append(batch.labels.cpu()[mask].numpy())
+            rows.setdefault(task, []).append(out.float().cpu())
+        made = Targets.of(batch)
+        targets.append(replace(made, stay=made.stay + start))
     model.train(was_training)
-    return {name: np.concatenate(parts) for name, parts in rows.items()}
+    return {task: torch.cat(parts) for task, parts in rows.items()}, Targets(
+        **{f.name: torch.cat([getattr(t, f.name) for t in targets]) for f in fields(Targets)}
+    )
 
 
-def selection_score(task: Task, outputs: dict[str, NDArray[np.float32]]) -> float:
-    """Higher is better: AUROC over all certain hours, or minus the error in log days."""
-    target = outputs["labels"][:, LABEL_COLUMNS.index(task)]
-    if task == "remaining_los":
-        known = ~np.isnan(target)
-        return -mae(np.log1p(target[known] / 24), outputs[task][known])
-    sure = (target == 0) | (target == 1)
-    return auroc(target[sure], outputs[task][sure])
+def selection_score(
+    by: Task | Literal["loss"],
+    outputs: dict[Task, Tensor],
+    targets: Targets,
+    weights: Mapping[Task, float],
+) -> float:
+    """Higher is better: minus the weighted loss, or how well one task is answered.
+
+    A task is judged by the AUROC over all certain hours, by minus the error in log days, or by the
+    mean AUROC of the phenotypes at the last hour of the stays.
+    """
+    if by == "loss":
+        losses = task_losses(outputs, targets)
+        return -float(sum(weights[task] * losses[task] for task in weights))
+    if by == "phenotyping":
+        known = ~targets.phenotypes.isnan().any(1)
+        scores = outputs[by][targets.last][known].numpy()
+        return macro(auroc, targets.phenotypes[known].numpy(), scores)
+    x, y = outputs[by][:, 0].numpy(), targets.hourly[:, LABEL_COLUMNS.index(by)].numpy()
+    if by == "remaining_los":
+        known = ~np.isnan(y)
+        return -mae(np.log1p(y[known] / 24), x[known])
+    sure = certain(y)
+    return auroc(y[sure], x[sure])
 
 
 def finetune(config: FinetuneConfig) -> Network:
@@ -120,13 +189,14 @@ def finetune(config: FinetuneConfig) -> Network:
     network = with_heads(pretrained, config)
     model = network.model.to(device())
     features = build_features(
-        sources, network.preprocessing, network.vocabulary, config.data.cache, config.label_align
+        sources, network.preprocessing, network.vocabulary, config.data.cache, config.label_options
     )
     fold = features.fold(config.data.n_folds)
     train = subsample(
         np.flatnonzero(fold != config.data.validation_fold), config.data.max_episodes, config.seed
     )
     held_out = np.flatnonzero(fold == config.data.validation_fold)
+    check_apart([features.subjects[i] for i in train], [features.subjects[i] for i in held_out])
     best_file = config.run / "best.safetensors"
 
     def epoch_batches(epoch: int) -> list[NDArray[np.int64]]:
@@ -136,18 +206,18 @@ def finetune(config: FinetuneConfig) -> Network:
     def step(index: NDArray[np.int64]) -> dict[str, Tensor]:
         if config.tuning == "linear":
             model.series_encoder.eval()  # batch norm would move its running statistics
-        batch = _truncated(features.batch(index), config.max_hours).to(device())
+        batch = features.batch(index, max_hours=config.max_hours).to(device())
         hide = (torch.rand(len(index)) < config.modality_dropout).to(device())
         v = model.encode_hours(batch.series, batch.events * ~hide[:, None, None], batch.hour_mask)
-        losses = task_losses(model.predict(v), batch.labels)
+        losses = task_losses(model.predict(v[batch.hour_mask]), Targets.of(batch))
         total = torch.stack([config.tasks[t] * losses[t] for t in config.tasks]).sum()
         return {"loss": total} | losses
 
-    def validate() -> dict[str, NDArray[np.float32]]:
+    def validate() -> tuple[dict[Task, Tensor], Targets]:
         return predict(model, features, held_out, config.max_hours, config.optim.precision)
 
     def after_epoch(epoch: int) -> bool:
-        score = selection_score(config.select_by, validate())
+        score = selection_score(config.select_by, *validate(), config.tasks)
         history: list[float] = trainer.extra.setdefault("scores", [])
         if not history or score > max(history):
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, best_file)
@@ -177,48 +247,92 @@ def finetune(config: FinetuneConfig) -> Network:
             indent=2,
         )
     )
+    (config.run / "subjects.json").write_text(
+        json.dumps(sorted({features.subjects[i] for i in (*train, *held_out)}))
+    )
     run.finish(
         {
-            "licences": {store.info.source: store.info.licence for store, _ in sources},
-            "label_notes": {
-                k: v for store, _ in sources for k, v in store.info.label_notes.items()
-            },
+            "licences": {source.name: source.store.info.licence for source in sources},
+            "label_notes": label_notes(sources, list(config.tasks)),
+            "preprocessing_digest": network.preprocessing_digest,
+            "vocabulary_digest": network.vocabulary.digest,
             "episodes": len(train),
             "validation_episodes": len(held_out),
+            "labelled": labelled(features, train, list(config.tasks)),
             "steps": trainer.step,
             "validation_scores": [
                 s if np.isfinite(s) else None for s in trainer.extra.get("scores", [])
             ],
             "platt": {},
             "thresholds": {},
-            **(_fitted_on(validate(), config) if len(held_out) else {}),
+            **(_fitted_on(*validate()) if len(held_out) else {}),
         }
     )
     return network
 
 
-def _fitted_on(
-    outputs: dict[str, NDArray[np.float32]], config: FinetuneConfig
-) -> dict[str, dict[str, Any]]:
-    """Platt parameters and decision threshold of the probability heads, from held-out hours.
+def check_apart(train: Sequence[str], held_out: Sequence[str]) -> None:
+    """Raise LeakageError if a patient is on both sides: epochs and calibration would be chosen on
+    patients that were trained on."""
+    if both := set(train) & set(held_out):
+        raise LeakageError(f"{len(both)} patients are both trained on and held out")
 
-    The threshold is the one with the best Event 1 score over the held-out hours.
+
+def label_notes(sources: Sequence[Source], tasks: Sequence[Task]) -> dict[str, str]:
+    """How each data set labels each task that it labels here: "data set: task" -> note."""
+    notes: dict[str, str] = {}
+    for source in sources:
+        of = {_NOTE_TASK.get(key, key): note for key, note in source.store.info.label_notes.items()}
+        taken = (task for task in tasks if source.labels_taken(task) and task in of)
+        notes |= {f"{source.name}: {task}": of[task] for task in taken}
+    return notes
+
+
+def labelled(
+    features: FeatureSet, index: NDArray[np.int64], tasks: Sequence[Task]
+) -> dict[str, dict[str, int]]:
+    """Number of the given stays with a label: task -> data set -> stays."""
+    counts: dict[str, dict[str, int]] = {}
+    for task in tasks:
+        known = [
+            not np.isnan(
+                features.phenotypes[i]
+                if task == "phenotyping"
+                else features.labels[features.hours(i), LABEL_COLUMNS.index(task)]
+            ).all()
+            for i in index
+        ]
+        names = np.array([features.sources[i] for i in index])[known]
+        counts[task] = dict(sorted(Counter(names.tolist()).items()))
+    return counts
+
+
+def _fitted_on(outputs: dict[Task, Tensor], targets: Targets) -> dict[str, dict[str, Any]]:
+    """Platt parameters and decision thresholds of the probability heads, from held-out stays.
+
+    All phenotypes share one line, fitted on the last hour of the stays. A task without a rising
+    line stays uncalibrated. The threshold is the one with the best Event 1 score over the held-out
+    hours.
     """
     platt: dict[str, tuple[float, float]] = {}
     thresholds: dict[str, float] = {}
-    for task in config.tasks:
-        target = outputs["labels"][:, LABEL_COLUMNS.index(task)]
-        known = ~np.isnan(target)
-        if task == "remaining_los" or not known.any():
+    for task, raw in outputs.items():
+        if task == "remaining_los":
             continue
-        platt[task] = fit_platt(outputs[task][known], target[known])
-        sure = (target == 0) | (target == 1)
-        a, b = platt[task]
-        risk = OutputMap(kind="platt", a=a, b=b)(outputs[task][sure])
-        thresholds[task] = s1_threshold(target[sure], risk)
+        if task == "phenotyping":
+            x, y = raw[targets.last].numpy().ravel(), targets.phenotypes.numpy().ravel()
+        else:
+            x, y = raw[:, 0].numpy(), targets.hourly[:, LABEL_COLUMNS.index(task)].numpy()
+        known = ~np.isnan(y)
+        if not known.any():
+            continue
+        a, b = fit_platt(x[known], y[known])
+        if a > 0:
+            platt[task] = a, b
+        else:  # worse than chance on the few held-out stays: a falling line would turn risks round
+            a, b = 1.0, 0.0
+        sure = certain(y)
+        if task != "phenotyping" and sure.any():
+            risk = OutputMap(kind="platt", a=a, b=b)(x[sure])
+            thresholds[task] = s1_threshold(y[sure], risk)
     return {"platt": platt, "thresholds": thresholds}
-
-
-def _truncated(batch: Batch, max_hours: int) -> Batch:
-    hourly = ("series", "events", "hour_mask", "labels")
-    return replace(batch, **{name: getattr(batch, name)[:, :max_hours] for name in hourly})

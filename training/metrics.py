@@ -7,19 +7,52 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 Floats = NDArray[np.floating]
 
 
 def auroc(y: Floats, p: Floats) -> float:
     """Area under the ROC curve, ties count half; NaN when only one class is there."""
-    return float(roc_auc_score(y, p)) if 0 < y.mean() < 1 else float("nan")
+    positives = float(y.sum())
+    negatives = len(y) - positives
+    if not positives or not negatives:
+        return float("nan")
+    _, tie, size = np.unique(p, return_inverse=True, return_counts=True)
+    rank = np.cumsum(size) - (size - 1) / 2  # the mean rank of each group of ties
+    above = float(rank[tie] @ y.astype(np.float64)) - positives * (positives + 1) / 2
+    return above / (positives * negatives)
 
 
 def auprc(y: Floats, p: Floats) -> float:
     """Average precision, no interpolation; NaN when only one class is there."""
-    return float(average_precision_score(y, p)) if 0 < y.mean() < 1 else float("nan")
+    positives = float(y.sum())
+    if not positives or positives == len(y):
+        return float("nan")
+    order = np.argsort(-p, kind="stable")
+    last_of_tie = np.append(np.diff(p[order]) != 0, True)
+    hits = np.cumsum(y[order], dtype=np.float64)[last_of_tie]
+    called = np.flatnonzero(last_of_tie) + 1
+    return float(np.diff(hits, prepend=0.0) @ (hits / called)) / positives
+
+
+def two_classes(y: Floats) -> NDArray[np.bool_]:
+    """Which labels of y [n, labels] have both classes: the others have no ranking."""
+    positives = y.sum(0)
+    return (positives > 0) & (positives < len(y))
+
+
+def macro(metric: Callable[[Floats, Floats], float], y: Floats, p: Floats) -> float:
+    """Mean of a ranking metric over the labels of y, p [n, labels] that have both classes.
+
+    NaN when none has.
+    """
+    values = [metric(y[:, j], p[:, j]) for j in np.flatnonzero(two_classes(y))]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def micro(metric: Callable[[Floats, Floats], float], y: Floats, p: Floats) -> float:
+    """A ranking metric over all (label, stay) pairs of y, p [n, labels] at once."""
+    return metric(y.ravel(), p.ravel())
 
 
 def brier(y: Floats, p: Floats) -> float:
@@ -61,8 +94,11 @@ def physionet_h(y: Floats, p: Floats, ids: NDArray[Any] | None = None) -> float:
     """Event 2 of the 2012 challenge: Hosmer-Lemeshow H' over ten groups, divided by D.
 
     Ties in p are ordered by `ids`. Ten groups of floor(N / 10); the remainder is left out, as in
-    the official scorer. Infinite when the last group's mean risk does not exceed the first's.
+    the official scorer. Infinite when the last group's mean risk does not exceed the first's, NaN
+    for fewer than ten patients.
     """
+    if len(p) < 10:
+        return float("nan")
     order = np.lexsort((np.arange(len(p)) if ids is None else ids, p))
     size = len(p) // 10
     groups = order[: 10 * size].reshape(10, size)
@@ -127,7 +163,10 @@ def bootstrap(
     repeats: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % percentile interval of `metric(*columns)`, resampling patients with all their rows."""
+    """95 % percentile interval of `metric(*columns)`, resampling patients with all their rows.
+
+    Samples on which the metric is not defined are left out.
+    """
     _, patient = np.unique(patients, return_inverse=True)
     n = patient.max() + 1
     order = np.argsort(patient, kind="stable")
@@ -138,5 +177,9 @@ def bootstrap(
     for _ in range(repeats):
         rows = np.concatenate([rows_of[i] for i in rng.integers(0, n, n)])
         values.append(metric(*(c[rows] for c in columns)))
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    defined = [value for value in values if not np.isnan(value)]
+    if not defined:  # one class in every sample
+        return float("nan"), float("nan")
+    with np.errstate(invalid="ignore"):  # between two infinite values
+        low, high = np.percentile(defined, [2.5, 97.5])
     return float(low), float(high)

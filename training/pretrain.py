@@ -153,7 +153,8 @@ def pretrain(config: PretrainConfig) -> Network:
             "hours": int(features.lengths[chosen].sum()),
             "steps": trainer.step,
             "preprocessing_digest": network.preprocessing_digest,
-            "licences": {store.info.source: store.info.licence for store, _ in sources},
+            "vocabulary_digest": network.vocabulary.digest,
+            "licences": {source.name: source.store.info.licence for source in sources},
         }
     )
     return network

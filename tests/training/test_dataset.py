@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from llm4ehr.episode import Episode, Preprocessing, event_tokens, featurise
+from llm4ehr.episode import (
+    Episode,
+    Preprocessing,
+    event_tokens,
+    featurise,
+    preprocessing_digest,
+)
 from llm4ehr.store import CodeInfo, EpisodeRecord, Outcome, StoreInfo, StoreWriter
 from llm4ehr.variables import VARIABLE_INDEX
 from llm4ehr.vocabulary import Vocabulary
@@ -29,7 +35,7 @@ from training.dataset import (
     open_sources,
     subject_fold,
 )
-from training.labels import hourly_labels
+from training.labels import LabelOptions, hourly_labels
 
 Stay = Callable[..., Episode]
 LENGTHS = (12, 30, 0, 7, 30, 1)
@@ -55,6 +61,7 @@ def write_store(
                     episode=episode,
                     subject_id=f"p{i // 2}",
                     split=SPLITS[i % len(SPLITS)],
+                    benchmark_split="test" if i % 2 else "train",
                     outcome=outcome if i % 2 else Outcome(mortality=False),
                 )
             )
@@ -77,6 +84,10 @@ def opened(store: Path, *splits: str) -> list:
     return open_sources([SourceConfig(store=store, splits=splits)], training=True)
 
 
+def opened_ids(sources: list[SourceConfig], training: bool = True) -> frozenset[str]:
+    return open_sources(sources, training=training)[0].episode_ids
+
+
 @pytest.fixture
 def features(
     store: Path, preprocessing: Preprocessing, vocabulary: Vocabulary, tmp_path: Path
@@ -95,12 +106,49 @@ def test_the_evaluation_set_of_the_challenge_is_never_trained_on(
         sources = [SourceConfig(store=store, splits=splits)]
         with pytest.raises(LeakageError, match="split 'c' of physionet2012 is for evaluation only"):
             open_sources(sources, training=True)
-        assert open_sources(sources, training=False)[0][1] == set(splits)
-    assert opened(store, "a", "b")[0][1] == {"a", "b"}
+        (source,) = open_sources(sources, training=False)
+        assert {r.split for r in source.store if r.episode.episode_id in source.episode_ids} == set(
+            splits
+        )
+    assert len(opened(store, "a", "b")[0].episode_ids) == 5
+
+
+def test_the_evaluation_set_is_found_under_another_name(
+    stays: list[Episode], vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "store", stays, vocabulary, source="physionet2012")
+
+    def source(*splits: str) -> list[SourceConfig]:
+        return [SourceConfig(store=store, splits=splits, split_column="benchmark_split")]
+
+    assert opened_ids(source("train")) == {"stay-000", "stay-002", "stay-004"}
+    # Among the odd stays is stay-005 of split c.
+    with pytest.raises(LeakageError, match="split 'c' of physionet2012 is for evaluation only"):
+        open_sources(source("train", "test"), training=True)
+    assert "stay-005" in opened_ids(source("test"), training=False)
+    # A benchmark's split may be called c.
+    with pytest.raises(ValueError, match="benchmark_split 'c' has no episodes"):
+        open_sources(source("c"), training=True)
+
+
+def test_a_split_without_stays_is_an_error(store: Path) -> None:
+    with pytest.raises(ValueError, match="split 'x', 'y' has no episodes"):
+        opened(store, "x", "y")
+
+
+def test_a_large_source_gives_a_fixed_part(store: Path, stays: list[Episode]) -> None:
+    def part(n: int | None) -> set[str]:
+        return opened_ids([SourceConfig(store=store, splits=("a", "b"), max_episodes=n)])
+
+    whole = {e.episode_id for e in stays[:5]}
+    assert part(None) == part(99) == whole
+    parts = [part(n) for n in (1, 2, 3)]
+    assert [len(p) for p in parts] == [1, 2, 3]
+    assert parts[0] < parts[1] < parts[2] < whole
 
 
 def test_a_split_of_that_name_elsewhere_is_no_leak(store: Path) -> None:
-    assert opened(store, "c")[0][1] == {"c"}
+    assert opened(store, "c")[0].episode_ids == {"stay-005"}
 
 
 def test_only_the_chosen_splits_are_read(
@@ -184,15 +232,69 @@ def test_features_are_those_of_the_one_preprocessing(
         made = featurise(episode, vocabulary, preprocessing, episode.n_hours)
         tokens = event_tokens(episode, vocabulary, episode.n_hours, preprocessing)
         assert_array_equal(features.series[features.hours(i)], made.series)
-        assert_array_equal(features.events[features.hours(i)], made.events)
+        assert_array_equal(features.events(i, episode.n_hours), made.events)
+        assert made.events.any()
         rows = slice(*features.token_offsets[i : i + 2])
         assert_array_equal(features.token_ids[rows], tokens.ids)
         assert_array_equal(features.token_hours[rows], tokens.hours)
     died = hourly_labels(
-        Outcome(mortality=True, los_hours=40.0, death_hours_low=30.0, death_hours_high=40.0), 30
+        Outcome(mortality=True, los_hours=40.0, death_hours_low=30.0, death_hours_high=40.0),
+        30,
+        first_observation=float(stays[1].obs_hours.min()),
     )
     expected = np.stack([getattr(died, column) for column in LABEL_COLUMNS], axis=1)
     assert_array_equal(features.labels[features.hours(1)], expected)
+    assert_array_equal(features.valid[features.hours(1)], died.valid)
+    assert np.isnan(expected[:4]).sum() == 8  # not asked in the first hours, but for mortality
+    assert np.isnan(features.phenotypes).all()
+
+
+@pytest.mark.parametrize("edge", ["left", "right"])
+@pytest.mark.parametrize("n_hours", [3, 11, 30])
+def test_event_channels_of_a_prefix_are_those_of_the_one_preprocessing(
+    store: Path, stays: list[Episode], preprocessing: Preprocessing, vocabulary: Vocabulary,
+    tmp_path: Path, edge: str, n_hours: int,
+) -> None:  # fmt: skip
+    chosen = replace(preprocessing, bin_edge=edge)
+    made = build_features(opened(store, "a", "b"), chosen, vocabulary, tmp_path)
+    batch = made.batch(np.array([1, 3]), max_hours=n_hours)
+    assert batch.series.shape[:2] == batch.labels.shape[:2] == batch.valid.shape == (2, n_hours)
+    assert batch.hour_mask.all()
+    for row, episode in enumerate((stays[1], stays[4])):
+        expected = featurise(episode, vocabulary, chosen, n_hours)
+        assert_array_equal(batch.events[row], expected.events)
+        assert_array_equal(batch.series[row], expected.series)
+
+
+def test_labels_are_taken_from_a_source_task_by_task(
+    icu_store: Path, preprocessing: Preprocessing, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    def known(labels: tuple[str, ...] | None) -> set[str]:
+        source = SourceConfig(store=icu_store, splits=("pretrain",), labels=labels)
+        sources = open_sources([source], training=True)
+        made = build_features(sources, preprocessing, vocabulary, tmp_path)
+        hourly = {t for i, t in enumerate(LABEL_COLUMNS) if not np.isnan(made.labels[:, i]).all()}
+        coded = ~np.isnan(made.phenotypes).all(1)
+        assert coded.sum() in (0, 10)  # of 12 stays two were not coded
+        return hourly | ({"phenotyping"} if coded.any() else set())
+
+    assert known(None) == {*LABEL_COLUMNS, "phenotyping"}
+    assert known(("mortality", "phenotyping")) == {"mortality", "phenotyping"}
+    assert known(("remaining_los",)) == {"remaining_los"}
+    assert known(()) == set()
+
+
+def test_other_splits_move_neither_vocabulary_nor_normalisation(
+    write_icu_store: Callable[..., Path], tmp_path: Path
+) -> None:
+    fitted = []
+    for seed in (0, 1):
+        path = write_icu_store(tmp_path / f"store{seed}", seed_of_test=seed)
+        for splits in (("pretrain",), ("test",)):
+            made = fit_preprocessing(opened(path, *splits), PreprocessingOptions(), max_codes=8)
+            fitted.append(preprocessing_digest(*made))
+    assert fitted[0] == fitted[2]
+    assert len({fitted[0], fitted[1], fitted[3]}) == 3
 
 
 def test_a_batch_is_padded_and_masked(features: FeatureSet) -> None:
@@ -203,6 +305,8 @@ def test_a_batch_is_padded_and_masked(features: FeatureSet) -> None:
     assert not batch.series[0, 7:].any()
     assert not batch.events[0, 7:].any()
     assert batch.labels[0, 7:].isnan().all()
+    assert not batch.valid[0, 7:].any()
+    assert batch.phenotypes.shape == (2, 25)
     counts = np.diff(features.token_offsets)[[2, 1]]
     assert batch.token_mask.sum(1).tolist() == counts.tolist()
     assert (batch.token_hours[0, counts[0] :] == -1).all()
@@ -223,9 +327,10 @@ def test_features_are_made_once(
     store: Path, preprocessing: Preprocessing, vocabulary: Vocabulary, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def build(*splits: str, align: str = "bin_end", **changes: object) -> FeatureSet:
+    def build(*splits: str, labels: dict | None = None, **changes: object) -> FeatureSet:
         chosen = replace(preprocessing, **changes)
-        return build_features(opened(store, *splits), chosen, vocabulary, tmp_path, align)
+        options = LabelOptions(**labels or {})
+        return build_features(opened(store, *splits), chosen, vocabulary, tmp_path, options)
 
     first = build("a", "b")
     assert len(list(tmp_path.iterdir())) == 1  # nothing partial stays
@@ -234,12 +339,18 @@ def test_features_are_made_once(
         again = build("b", "a")
     assert_array_equal(first.series, again.series)
     for n, change in enumerate(
-        [{"align": "bin_start"}, {"clip": 5.0}, {"imputation": "linear"}], start=2
+        [
+            {"labels": {"align": "bin_start"}},
+            {"labels": {"min_history_hours": 0.0}},
+            {"clip": 5.0},
+            {"imputation": "linear"},
+        ],
+        start=2,
     ):
         build("a", "b", **change)
         assert len(list(tmp_path.iterdir())) == n
     build("a")
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 @given(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,19 @@ from llm4ehr.offline import score_episodes
 from llm4ehr.store import EpisodeStore
 from training import evaluate as evaluation
 from training import finetune as module
-from training.config import FinetuneConfig, PretrainConfig
+from training.config import FinetuneConfig, PretrainConfig, SourceConfig
 from training.dataset import LABEL_COLUMNS, LeakageError, build_features, open_sources
 from training.evaluate import evaluate, load_scorer
 from training.export import export
-from training.finetune import finetune, predict, selection_score, task_losses, with_heads
+from training.finetune import (
+    Targets,
+    check_apart,
+    finetune,
+    predict,
+    selection_score,
+    task_losses,
+    with_heads,
+)
 from training.pretrain import pretrain
 
 NAN = float("nan")
@@ -75,21 +84,34 @@ def moved(run: Path, pretrained: Path) -> set[str]:
 # Losses and scores, by hand.
 
 
-def test_losses_are_means_over_the_known_hours() -> None:
-    x = torch.tensor([[[0.5], [-1.0], [9.0]]])
-    labels = torch.full((1, 3, 3), NAN)
-    for task, values in (
-        ("mortality", [1.0, 0.0, NAN]),
-        ("decompensation", [0.25, NAN, NAN]),
-        ("remaining_los", [24.0, 72.0, NAN]),
-    ):
-        labels[0, :, LABEL_COLUMNS.index(task)] = torch.tensor(values)
-    losses = task_losses(dict.fromkeys(TASKS, x), labels)
+def targets(stay: list[int], phenotypes: list[list[float]] | None = None, **known: Any) -> Targets:
+    """Targets of the hours of `stay`, by task; what is not named is unknown."""
+    hourly = torch.full((len(stay), 3), NAN)
+    for task, values in known.items():
+        hourly[:, LABEL_COLUMNS.index(task)] = torch.tensor(values)
+    flags = [[NAN, NAN]] * (max(stay) + 1) if phenotypes is None else phenotypes
+    return Targets(
+        hourly=hourly,
+        valid=torch.ones(len(stay), dtype=torch.bool),
+        stay=torch.tensor(stay),
+        phenotypes=torch.tensor(flags),
+    )
 
-    def cross_entropy(logit: float, y: float) -> float:
-        p = 1 / (1 + math.exp(-logit))
-        return -y * math.log(p) - (1 - y) * math.log(1 - p)
 
+def cross_entropy(logit: float, y: float) -> float:
+    p = 1 / (1 + math.exp(-logit))
+    return -y * math.log(p) - (1 - y) * math.log(1 - p)
+
+
+def test_losses_of_hours_are_means_over_the_known_hours() -> None:
+    x = torch.tensor([[0.5], [-1.0], [9.0]])
+    of = targets(
+        [0, 0, 0],
+        mortality=[1.0, 0.0, NAN],
+        decompensation=[0.25, NAN, NAN],
+        remaining_los=[24.0, 72.0, NAN],
+    )
+    losses = task_losses(dict.fromkeys(TASKS, x), of)
     expected = (cross_entropy(0.5, 1) + cross_entropy(-1, 0)) / 2
     assert losses["mortality"].item() == pytest.approx(expected, rel=1e-5)
     assert losses["decompensation"].item() == pytest.approx(cross_entropy(0.5, 0.25), rel=1e-5)
@@ -97,23 +119,91 @@ def test_losses_are_means_over_the_known_hours() -> None:
     assert losses["remaining_los"].item() == pytest.approx(los, rel=1e-5)
 
 
+def test_a_long_stay_counts_as_much_as_a_short_one_where_it_has_one_label() -> None:
+    x = torch.tensor([[0.5], [-1.0], [2.0], [3.0], [4.0]])
+    stay, y = [0, 0, 0, 1, 2], [1.0, 1.0, NAN, 0.0, NAN]
+    losses = task_losses(
+        {"mortality": x, "decompensation": x}, targets(stay, mortality=y, decompensation=y)
+    )
+    first = [cross_entropy(0.5, 1), cross_entropy(-1, 1)]
+    second = cross_entropy(3, 0)
+    assert losses["mortality"].item() == pytest.approx((sum(first) / 2 + second) / 2, rel=1e-5)
+    assert losses["decompensation"].item() == pytest.approx((sum(first) + second) / 3, rel=1e-5)
+
+
+def test_phenotypes_cost_at_every_hour_they_are_asked_at() -> None:
+    x = torch.tensor([[0.5, -1.0], [2.0, 0.0], [9.0, 9.0], [1.0, -2.0], [7.0, 7.0]])
+    of = targets([0, 0, 0, 1, 2], phenotypes=[[1.0, 0.0], [0.0, 1.0], [NAN, NAN]])
+    of = replace(of, valid=torch.tensor([True, True, False, True, True]))
+    loss = task_losses({"phenotyping": x}, of)["phenotyping"]
+    first = [cross_entropy(0.5, 1), cross_entropy(-1, 0), cross_entropy(2, 1), cross_entropy(0, 0)]
+    second = [cross_entropy(1, 0), cross_entropy(-2, 1)]
+    assert loss.item() == pytest.approx((np.mean(first) + np.mean(second)) / 2, rel=1e-5)
+
+
 def test_a_task_without_known_hours_costs_nothing() -> None:
-    x = torch.randn(2, 3, 1, requires_grad=True)
-    losses = task_losses(dict.fromkeys(TASKS, x), torch.full((2, 3, 3), NAN))
-    assert [loss.item() for loss in losses.values()] == [0, 0, 0]
+    x = torch.randn(6, 1, requires_grad=True)
+    outputs: dict[Any, torch.Tensor] = dict.fromkeys(TASKS, x)
+    losses = task_losses(outputs | {"phenotyping": x.expand(6, 2)}, targets([0, 0, 0, 1, 1, 1]))
+    assert [loss.item() for loss in losses.values()] == [0, 0, 0, 0]
     torch.stack(list(losses.values())).sum().backward()
+    assert x.grad is not None
     assert not x.grad.any()
 
 
+def test_targets_are_the_hours_of_a_batch_stay_by_stay(
+    icu_store: Path, preprocessing: Any, vocabulary: Any, tmp_path: Path
+) -> None:
+    sources = open_sources([SourceConfig(store=icu_store, splits=("pretrain",))], training=True)
+    features = build_features(sources, preprocessing, vocabulary, tmp_path)
+    batch = features.batch(np.array([5, 0, 7]), max_hours=20)
+    of = Targets.of(batch)
+    lengths = np.minimum(features.lengths[[5, 0, 7]], 20)
+    assert torch.bincount(of.stay).tolist() == lengths.tolist()
+    assert of.last.tolist() == (np.cumsum(lengths) - 1).tolist()
+    rows = np.flatnonzero((of.stay == 2).numpy())
+    np.testing.assert_array_equal(of.hourly[rows], features.labels[features.hours(7)][:20])
+    np.testing.assert_array_equal(of.valid[rows], features.valid[features.hours(7)][:20])
+    np.testing.assert_array_equal(of.phenotypes[2], features.phenotypes[7])
+
+
 def test_epochs_are_chosen_by_certain_hours_of_the_task() -> None:
-    y = np.full((5, 3), NAN, np.float32)
-    y[:, LABEL_COLUMNS.index("decompensation")] = [0, 1, 0.5, 0, NAN]
-    y[:, LABEL_COLUMNS.index("remaining_los")] = [24, 72, NAN, 0, NAN]
-    scores = np.array([1.0, 2.0, 9.0, 0.0, 9.0], np.float32)
-    outputs = {"labels": y, "decompensation": scores, "remaining_los": scores}
-    assert selection_score("decompensation", outputs) == 1
+    x = torch.tensor([1.0, 2.0, 9.0, 0.0, 9.0])[:, None]
+    of = targets(
+        [0, 0, 1, 1, 1],
+        phenotypes=[[1.0, 0.0], [0.0, 0.0]],
+        decompensation=[0, 1, 0.5, 0, NAN],
+        remaining_los=[24, 72, NAN, 0, NAN],
+    )
+    outputs: dict[Any, torch.Tensor] = {"decompensation": x, "remaining_los": x}
+    assert selection_score("decompensation", outputs, of, {}) == 1
     errors = [abs(1 - math.log(2)), abs(2 - math.log(4)), 0]
-    assert selection_score("remaining_los", outputs) == pytest.approx(-np.mean(errors))
+    assert selection_score("remaining_los", outputs, of, {}) == pytest.approx(-np.mean(errors))
+    # The last hours of the two stays are 2 and 9; the second phenotype has one class only.
+    pair = {"phenotyping": torch.cat([-x, x], 1)}
+    assert selection_score("phenotyping", pair, of, {}) == 1
+    weights = {"decompensation": 1.0, "remaining_los": 0.3}
+    losses = task_losses(outputs, of)
+    expected = -(losses["decompensation"] + 0.3 * losses["remaining_los"]).item()
+    assert selection_score("loss", outputs, of, weights) == pytest.approx(expected)
+
+
+def test_no_patient_is_on_both_sides() -> None:
+    check_apart(["a/1", "a/2"], ["b/1"])
+    with pytest.raises(LeakageError, match="1 patients are both trained on and held out"):
+        check_apart(["a/1", "a/2"], ["a/2", "b/1"])
+
+
+def test_a_falling_calibration_line_is_not_taken() -> None:
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(200, 1)))
+    y = (rng.random(200) < 1 / (1 + np.exp(-2 * x[:, 0].numpy()))).astype(float)
+    stay = list(range(200))
+    fitted = module._fitted_on({"mortality": x}, targets(stay, mortality=y.tolist()))
+    assert fitted["platt"]["mortality"][0] > 1
+    fitted = module._fitted_on({"mortality": -x}, targets(stay, mortality=y.tolist()))
+    assert fitted["platt"] == {}
+    assert 0 < fitted["thresholds"]["mortality"] < 1
 
 
 # What may move.
@@ -177,7 +267,8 @@ def test_a_run_leaves_everything_behind(tuned: Path) -> None:
     result = json.loads((tuned / "result.json").read_text())
     assert (result["episodes"], result["validation_episodes"]) == (9, 6)
     assert len(result["validation_scores"]) == 2
-    assert set(result["platt"]) == set(result["thresholds"]) == {"mortality", "decompensation"}
+    assert set(result["thresholds"]) == {"mortality", "decompensation"}
+    assert set(result["platt"]) == {"decompensation"}  # mortality: the line of six stays falls
     log = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
     assert len(log) == result["steps"] == 6
     assert log[0].keys() >= {"loss", *TASKS}
@@ -263,12 +354,13 @@ def test_predictions_are_those_of_offline_scoring(
     sources = open_sources(chosen.data.sources, training=True)
     features = build_features(sources, network.preprocessing, network.vocabulary, chosen.data.cache)
     index = np.array([7, 2, 11])
-    rows = predict(network.model, features, index, max_hours=30, precision="fp32")
+    rows, of = predict(network.model, features, index, max_hours=30, precision="fp32")
     episodes = {r.episode.episode_id: r.episode for r in EpisodeStore.open(store_2012)}
     wanted = [episodes[features.episode_ids[i]] for i in index]
-    expected = [s.raw["mortality"][:30, 0] for s in score_episodes(network, wanted)]
+    expected = [s.raw["mortality"][:30] for s in score_episodes(network, wanted)]
     np.testing.assert_allclose(rows["mortality"], np.concatenate(expected), rtol=0, atol=1e-5)
-    assert rows["labels"].shape == (90, 3)
+    assert of.hourly.shape == (90, 3)
+    assert of.stay.tolist() == [0] * 30 + [1] * 30 + [2] * 30
 
 
 def test_a_run_is_evaluated_and_exported(
@@ -278,8 +370,10 @@ def test_a_run_is_evaluated_and_exported(
     monkeypatch.setattr(
         evaluation.m, "bootstrap", lambda *a, repeats: bootstrap(*a, repeats=min(repeats, 20))
     )
-    report = evaluate(tuned, store_2012, "b", tmp_path / "evaluation")
+    report = evaluate(tuned, [store_2012], ["b"], tmp_path / "evaluation")
     assert report["episodes"] == 12
+    assert report["sources"][0]["patients_trained_on"] == 12
+    assert "by_source" not in report
     mortality = report["tasks"]["mortality_at_48h"]
     assert (mortality["rows"], mortality["positives"]) == (12, 4)
     assert {"decompensation", "remaining_los_days"} <= report["tasks"].keys()
@@ -288,13 +382,17 @@ def test_a_run_is_evaluated_and_exported(
     written = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert written["tasks"].keys() == report["tasks"].keys()
     with pytest.raises(ValueError, match="split 'c' has no episodes"):
-        evaluate(tuned, store_2012, "c")
+        evaluate(tuned, [store_2012], ["c"])
 
-    folder = export(tuned, tmp_path, "tiny", 3, tmp_path / "evaluation" / "metrics.json")
+    folder = export(tuned, tmp_path, "tiny", 3, [tmp_path / "evaluation" / "metrics.json"])
     bundle = load_bundle(tmp_path, "tiny", 3)
     assert folder == tmp_path / "tiny" / "3"
-    a, b = json.loads((tuned / "result.json").read_text())["platt"]["mortality"]
-    assert (bundle.calibration["mortality"].a, bundle.calibration["mortality"].b) == (a, b)
+    a, b = json.loads((tuned / "result.json").read_text())["platt"]["decompensation"]
+    calibration = bundle.calibration
+    assert (calibration["decompensation"].a, calibration["decompensation"].b) == (a, b)
+    assert (calibration["mortality"].a, calibration["mortality"].b) == (1, 0)
     assert bundle.labels["thresholds"].keys() == {"mortality", "decompensation"}
-    again = evaluate(folder, store_2012, "b")
+    again = evaluate(folder, [store_2012], ["b"])
     assert again["tasks"] == report["tasks"]
+    assert again["sources"][0]["patients_trained_on"] is None
+    assert "SOME PATIENTS OF THEM WERE TRAINED ON" in bundle.card

@@ -18,12 +18,15 @@ from training.metrics import (
     calibration_error,
     calibration_line,
     fit_platt,
+    macro,
     mae,
+    micro,
     physionet_h,
     physionet_s1,
     r2,
     rmse,
     s1_threshold,
+    two_classes,
 )
 
 # The worked example of the 2012 challenge's two scores.
@@ -96,6 +99,32 @@ def test_auroc_is_the_share_of_ordered_pairs(data: tuple) -> None:
         assert auroc(y, p) == pytest.approx(expected)
 
 
+@given(some)
+def test_auprc_steps_through_the_thresholds(data: tuple) -> None:
+    y, p = data
+    if 0 < y.mean() < 1:
+        recall, area = 0.0, 0.0
+        for threshold in sorted(set(p.tolist()), reverse=True):
+            called = p >= threshold
+            area += (y[called].sum() / y.sum() - recall) * y[called].mean()
+            recall = y[called].sum() / y.sum()
+        assert auprc(y, p) == pytest.approx(area)
+
+
+def test_labels_with_one_class_are_left_out_of_the_mean() -> None:
+    i = np.arange(12)[:, None]
+    j = np.arange(3)
+    y = ((i * (j + 2) + j) % 5 < 2).astype(float)
+    p = np.sin(0.9 * i + 1.3 * j)
+    assert macro(auroc, y, p) == pytest.approx(0.523809524, abs=1e-9)
+    assert micro(auroc, y, p) == pytest.approx(0.530158730, abs=1e-9)
+    more_y = np.concatenate([y, np.zeros((12, 1)), np.ones((12, 1))], axis=1)
+    more_p = np.concatenate([p, p[:, :2]], axis=1)
+    assert two_classes(more_y).tolist() == [True, True, True, False, False]
+    assert macro(auroc, more_y, more_p) == macro(auroc, y, p)
+    assert math.isnan(macro(auroc, more_y[:, 3:], more_p[:, 3:]))
+
+
 # The scores of the 2012 challenge.
 
 
@@ -115,6 +144,10 @@ def test_h_leaves_the_remainder_out() -> None:
     """Ten groups of floor(N / 10): the highest risks of the rest are not scored."""
     more_y, more_p = np.append(WORKED_Y, [0] * 9), np.append(WORKED_P, [0.99] * 9)
     assert physionet_h(more_y, more_p) == pytest.approx(10.992131, abs=1e-6)
+
+
+def test_h_of_fewer_than_ten_patients_is_not_defined() -> None:
+    assert math.isnan(physionet_h(WORKED_Y[:9], WORKED_P[:9]))
 
 
 def test_h_orders_ties_by_id_and_not_by_row() -> None:

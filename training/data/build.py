@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 from rich.progress import Progress
@@ -95,7 +94,7 @@ def _arrow_tables(
 
     def terms(index: pl.Series, of: list[str]) -> pa.DictionaryArray:
         return pa.DictionaryArray.from_arrays(
-            index.to_numpy().astype(np.int32), pa.array(of, pa.string())
+            index.cast(pl.Int32).to_arrow(), pa.array(of, pa.string())
         )
 
     def table(name: str, columns: Mapping[str, pa.Array | pl.Series]) -> pa.Table:

@@ -23,6 +23,7 @@ CHUNK_BYTES = 32 * 2**20  # of text: a third of a million rows of a chart table
 # is none, the odd quote is taken for a stray one, such as inches in free text.
 _QUOTED_LINES_REACH = 2**20
 _QUOTED = re.compile(rb'"[^"]*"')
+_NOT_STRUCTURE = bytes(sorted(set(range(256)) - set(b',"\n')))
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -182,8 +183,12 @@ class CsvTable:
 
     def _check_fields(self, body: bytes) -> None:
         """Raise ValueError if a row has more or fewer fields than the header."""
-        plain = _QUOTED.sub(b"", body) if b'"' in body else body
-        n_rows = plain.count(b"\n") + (plain[-1:] not in (b"\n", b""))
+        plain = body.translate(None, _NOT_STRUCTURE)
+        if plain.count(b'"') % 2 == 0:  # else which one is the stray matters
+            plain = plain.replace(b'""', b"")  # quotes around text without structure: nearly all
+        if b'"' in plain:
+            plain = _QUOTED.sub(b"", plain)
+        n_rows = plain.count(b"\n") + (body[-1:] not in (b"\n", b""))
         if plain.count(b",") != n_rows * (self._n_columns - 1):
             raise ValueError(f"not {self._n_columns} fields")
 

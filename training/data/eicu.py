@@ -19,7 +19,7 @@ from training.data import eicu_benchmark, eicu_events, eicu_observations
 from training.data.eicu_cohort import described, strict_stays, with_age
 from training.data.eicu_tables import BEDSIDE, KEY, OPTIONAL, find
 from training.data.extraction import Cohort, Expected, Items, Scan
-from training.data.sources import SourceError, Tally
+from training.data.sources import SourceError, Tally, licence_of
 
 Profile = Literal["strict", "benchmark"]
 
@@ -77,7 +77,7 @@ class EICU:
         )
         self.info = StoreInfo(
             source="eicu",
-            licence="PhysioNet Credentialed Health Data License 1.5.0; the demo: ODbL-1.0",
+            licence=licence_of(source),
             citation=_CITATION,
             created_by="training.data.eicu",
             label_notes=_LABELS[profile],

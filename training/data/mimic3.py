@@ -32,7 +32,7 @@ from training.data.mimic import (
 from training.data.mimic3_benchmark import benchmark_observations
 from training.data.mimic3_cohort import read_cohort, rows_of_stays
 from training.data.mimic3_published import PUBLISHED
-from training.data.sources import SourceError, Tally
+from training.data.sources import SourceError, Tally, licence_of
 
 Profile = Literal["strict", "benchmark"]
 
@@ -134,10 +134,7 @@ class Mimic3:
         delays = ", ".join(f"{kind} {hours} h" for kind, hours in LAB_DELAY_HOURS.items())
         self.info = StoreInfo(
             source="mimic3",
-            licence=(
-                "PhysioNet Credentialed Health Data License 1.5.0; the demo: Open Data Commons "
-                "Open Database License 1.0"
-            ),
+            licence=licence_of(source),
             citation=_CITATION,
             created_by="training.data.mimic3",
             label_notes=_LABEL_NOTES,

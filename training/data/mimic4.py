@@ -17,7 +17,7 @@ from training.data import mimic
 from training.data.csv_table import CsvTable, require
 from training.data.extraction import Cohort, Expected, Items, Scan
 from training.data.mimic4_cohort import read_cohort
-from training.data.sources import Tally
+from training.data.sources import Tally, licence_of
 from training.data.tables import load
 
 _ID = pl.Int32
@@ -75,8 +75,8 @@ class Mimic4:
             "procedures": require(icu, "procedureevents", _INTERVALS),
         }
         self.info = StoreInfo(
-            source="MIMIC-IV",
-            licence="PhysioNet Credentialed Health Data License 1.5.0 (the demo: ODbL 1.0)",
+            source="mimic4",
+            licence=licence_of(source),
             citation="Johnson AEW, Bulgarelli L, Shen L, et al. MIMIC-IV, a freely accessible "
             "electronic health record dataset. Sci Data 2023;10:1.",
             created_by="training.data.mimic4",

@@ -33,7 +33,9 @@ def prepare(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out}: exists and is not an empty folder")
-    reader = reader_for(dataset, source, **options)
+    refused_rows = out.absolute().with_name(out.name + ".rejected.csv")
+    extra = {"rejected": refused_rows} if dataset == "table" else {}
+    reader = reader_for(dataset, source, **options, **extra)
     work = out.absolute().with_name(out.name + ".work")
     store = work / "store"
     _keep_if_same(work, dataset, source, options)
@@ -44,9 +46,7 @@ def prepare(
     else:
         waterfall = build_store(reader, store, work, progress=progress)
     report = build_report(store, waterfall, reader.expected)
-    failed = check(report, store, reader.expected)
-    report["failed_gates"] = failed
-    if failed:
+    if failed := check(report, store, reader.expected):
         write_report(report, work)
         raise SourceError(f"{dataset}: {'; '.join(failed)}. See {work / 'report.html'}")
     write_report(report, store)
@@ -63,9 +63,10 @@ def _keep_if_same(work: Path, dataset: str, source: Path, options: Mapping[str, 
     for file in sorted(Path(__file__).parent.rglob("*")):
         if file.suffix in (".py", ".csv", ".yaml"):
             program.update(file.read_bytes())
+    named = [value for value in options.values() if isinstance(value, Path)]
     files = {
         str(file): [file.stat().st_size, file.stat().st_mtime_ns]
-        for file in (source, *sorted(source.rglob("*")))
+        for file in (*named, source, *sorted(source.rglob("*")))
         if file.is_file()
     }
     options = {k: str(v) for k, v in options.items()}

@@ -116,6 +116,17 @@ class RecordSet:
             yield from sorted(_contents(self.path, self.suffix), key=lambda file: file.name)
 
 
+CREDENTIALED = "PhysioNet Credentialed Health Data License 1.5.0"
+
+
+def licence_of(source: Path) -> str:
+    """Licence of a PhysioNet folder: the open demos come with the text of theirs, the ODbL."""
+    for file in sorted(source.glob("LICENSE*")):
+        if "Open Database License" in file.read_text(encoding="utf-8", errors="replace"):
+            return "ODbL-1.0"
+    return CREDENTIALED
+
+
 def chunks(files: Iterable[RecordFile], size: int) -> Iterator[list[RecordFile]]:
     """Consecutive groups of `size` files, the last one possibly shorter."""
     group: list[RecordFile] = []

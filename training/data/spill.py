@@ -73,7 +73,7 @@ class Spill:
 
         def write(*, done: bool) -> None:
             nonlocal waiting, size
-            kept = pl.concat(waiting)
+            kept = pl.concat(waiting) if waiting else pl.DataFrame()
             if len(kept) or not state.parts:  # an empty part still tells the columns
                 part = self._folder / f"part-{state.parts:05d}.parquet"
                 unfinished = part.with_suffix(".unfinished")
@@ -103,12 +103,7 @@ class Spill:
             on_progress(chunk.bytes_read, state.rows)
             if size >= PART_BYTES:
                 write(done=False)
-        if waiting or not state.parts:
-            if not waiting:
-                raise SourceError(f"{self.scan.table.path}: no chunk to read")
-            write(done=True)
-        else:
-            state.done = True
+        write(done=True)
 
     def add_to(self, tally: Tally) -> None:
         """Add what the pass refused and repaired to a tally."""

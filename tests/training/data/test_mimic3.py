@@ -1,0 +1,451 @@
+"""MIMIC-III: the rules of the reader on a tiny set in the official format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.data.mimic3_source import (
+    ADMITTED,
+    admission,
+    at_hour,
+    chart,
+    extract,
+    lab,
+    order,
+    write,
+)
+from training.data.mimic3 import Mimic3
+from training.data.sources import SourceError
+
+Source = Callable[..., Path]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """`source(TABLE=[rows], ...)`: a folder in the official format; one stay unless told."""
+    return lambda **tables: write(tmp_path, **tables)
+
+
+# --- the cohort -----------------------------------------------------------------------------------
+
+
+def with_patients(source: Source, *patients: dict[str, dict[str, Any]], **tables: Any) -> Path:
+    return source(**{t: [p[t] for p in patients] for t in ADMITTED}, **tables)
+
+
+def test_cohort_keeps_adults_with_one_stay_without_transfer(source: Source) -> None:
+    child, old = {"dob": "2140-01-01 00:00:00"}, {"dob": "1850-01-01 00:00:00"}
+    stays = [admission(n)["ICUSTAYS"] for n in (1, 3, 4, 5, 6)]
+    stays += [admission(2, last_careunit="SICU")["ICUSTAYS"]]
+    stays += [admission(1)["ICUSTAYS"] | {"hadm_id": 11, "icustay_id": 101}]
+    stays += [admission(3)["ICUSTAYS"] | {"icustay_id": 301}]
+    stays += [admission(5, last_wardid=6)["ICUSTAYS"] | {"icustay_id": 501}]
+    made = extract(
+        source(
+            ICUSTAYS=stays,
+            ADMISSIONS=[
+                *(admission(n)["ADMISSIONS"] for n in range(1, 7)),
+                admission(1)["ADMISSIONS"] | {"hadm_id": 11},
+            ],
+            PATIENTS=[
+                *(admission(n)["PATIENTS"] for n in (1, 2, 3, 5)),
+                admission(4, **child)["PATIENTS"],
+                admission(6, **old)["PATIENTS"],
+            ],
+        )
+    )
+    # The moved stay of patient 5 goes first, so the other one is the only one of its admission.
+    assert made.cohort.stays["episode_id"].to_list() == ["100", "101", "500", "600"]
+    assert [step.stays for step in made.cohort.waterfall] == [9, 7, 7, 5, 4, 4, 4]
+    assert [step.subjects for step in made.cohort.waterfall] == [6, 5, 5, 4, 3, 3, 3]
+    assert made.stay(600)["age_years"] == 90
+    # from 2090-01-01 to 2150-01-01 are 21,914 days
+    assert made.stay(100)["age_years"] == pytest.approx(21914 / 365)
+
+
+@pytest.mark.parametrize("profile", ["strict", "benchmark"])
+def test_stay_without_an_end_is_left_out(source: Source, profile: str) -> None:
+    folder = with_patients(source, admission(1), admission(2, outtime="", los=""))
+    made = extract(folder, profile=profile)
+    assert made.cohort.stays["episode_id"].to_list() == ["100"]
+    assert made.cohort.waterfall[-1].stays == 1
+
+
+def test_stay_after_death_is_left_out(source: Source) -> None:
+    made = extract(
+        with_patients(
+            source,
+            admission(1),
+            admission(2, deathtime="2149-12-31 22:00:00"),  # an hour before admission to the ICU
+            admission(3, dod="2149-12-20 00:00:00"),
+            admission(4, outtime="2149-12-31 23:00:00"),
+            admission(5, dod="2150-01-01 00:00:00"),  # some time on the day of ICU admission
+        )
+    )
+    assert made.cohort.stays["episode_id"].to_list() == ["100", "500"]
+    assert [s.stays for s in made.cohort.waterfall[-2:]] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "strict", "benchmark"),
+    [
+        # (died, death from, death before, end), hours; discharge is on 2150-01-05 at 12:00
+        ({}, (False, None, None, 48), (False, None, None, 48)),
+        # The stay of a patient who died before OUTTIME ends with the death.
+        ({"deathtime": "2150-01-02 12:00:00"}, (True, 36, 36, 36), (True, 36, 36, 48)),
+        # A death in the ward, after the ICU.
+        ({"deathtime": "2150-01-04 00:00:00"}, (True, 72, 72, 48), (True, 72, 72, 48)),
+        # DEATHTIME after DISCHTIME: the benchmark takes it for a death after discharge.
+        ({"deathtime": "2150-01-05 13:00:00"}, (True, 109, 109, 48), (False, None, None, 48)),
+        # Only the day is known: it is after 00:00 on 2150-01-03.
+        ({"dod": "2150-01-03 00:00:00"}, (True, 48, 72, 48), (True, None, None, 48)),
+        # The day of hospital admission: its midnight lies before the admission at 20:00.
+        ({"dod": "2149-12-31 00:00:00", "intime": "2149-12-31 21:00:00"},
+         (True, -21, 3, 51), (False, None, None, 48)),
+        ({"dod": "2150-01-06 00:00:00"}, (False, None, None, 48), (False, None, None, 48)),
+    ],
+)  # fmt: skip
+def test_death_in_hospital(
+    source: Source, changes: dict[str, str], strict: tuple, benchmark: tuple
+) -> None:
+    folder = with_patients(source, admission(1, **changes))
+    for profile, expected in (("strict", strict), ("benchmark", benchmark)):
+        stay = extract(folder, profile=profile).stay(100)
+        died, low, high, end = expected
+        assert (stay["mortality"], stay["end_hours"]) == (died, end), profile
+        assert stay["death_hours_low"] == low, profile
+        assert stay["death_hours_high"] == pytest.approx(high), profile
+        assert low is None or stay["death_hours_high"] > low
+        assert stay["los_hours"] == stay["end_hours"]
+        assert stay["n_hours"] == end
+
+
+def test_static_facts_and_published_split(source: Source) -> None:
+    # Of the published lists: 4 test, 9 validation, 3 training.
+    people = [
+        admission(4, gender="M", first_careunit="CCU", last_careunit="CCU"),
+        admission(9, first_careunit="CSRU", last_careunit="CSRU"),
+        admission(3, first_careunit="TSICU", last_careunit="TSICU"),
+    ]
+    made = extract(with_patients(source, *people)).cohort.stays
+    assert made.select(
+        "episode_id", "subject_id", "benchmark_split", "sex", "unit_type"
+    ).rows() == [
+        ("300", "3", "train", "female", "surgical"),
+        ("400", "4", "test", "male", "coronary"),
+        ("900", "9", "val", "female", "cardiac_surgery"),
+    ]
+
+
+def test_phenotypes_of_the_benchmark_need_a_dictionary_entry(source: Source) -> None:
+    ids = {"subject_id": 1, "hadm_id": 10}
+    folder = with_patients(
+        source,
+        admission(1),
+        admission(2),
+        DIAGNOSES_ICD=[{**ids, "icd9_code": "99591"}, {**ids, "icd9_code": "4280"}],
+        D_ICD_DIAGNOSES=[{"icd9_code": "99591"}],
+    )
+    sepsis, failure = "Septicemia (except in labor)", "Congestive heart failure; nonhypertensive"
+    assert extract(folder).stay(100)["phenotypes"] == [failure, sepsis]
+    assert extract(folder).stay(200)["phenotypes"] is None
+    assert extract(folder, profile="benchmark").stay(100)["phenotypes"] == [sepsis]
+
+
+# --- which rows belong to a stay ------------------------------------------------------------------
+
+
+def test_rows_are_validated_in_the_published_order(source: Source) -> None:
+    heart_rate = chart(211, 80)
+    made = extract(
+        source(
+            CHARTEVENTS=[
+                heart_rate,
+                heart_rate | {"icustay_id": "", "charttime": at_hour(2)},
+                heart_rate | {"hadm_id": "", "icustay_id": ""},
+                heart_rate | {"hadm_id": 11},
+                heart_rate | {"icustay_id": 101},
+                heart_rate | {"subject_id": 2, "hadm_id": 20},  # not a patient of the cohort
+                heart_rate | {"itemid": 212, "hadm_id": ""},  # an item that is not read
+                heart_rate | {"charttime": "2150-01-01 25:00:00"},
+            ],
+            LABEVENTS=[lab(50912, 1.1), lab(50912, 1.1) | {"hadm_id": ""}],
+        )
+    )
+    assert [v[0] for v in made.values("hr")] == [1, 2]
+    assert made.tally.refused == {
+        "hadm-empty:CHARTEVENTS": 1,
+        "hadm-not-in-cohort:CHARTEVENTS": 1,
+        "icustay-other:CHARTEVENTS": 1,
+        "unreadable-time:CHARTEVENTS": 1,
+        "hadm-empty:LABEVENTS": 1,
+    }
+    assert made.tally.repaired == {"icustay-from-hadm:CHARTEVENTS": 1}
+
+
+# --- charts ---------------------------------------------------------------------------------------
+
+
+def test_charted_value_is_known_when_it_was_stored(source: Source) -> None:
+    rows = [
+        chart(211, 80, 1, storetime=at_hour(1.5)),
+        chart(211, 81, 2, storetime=at_hour(1.75)),  # entered ahead
+        chart(211, 82, 3),
+        chart(220045, 83, 4, error=1),
+    ]
+    made = extract(source(CHARTEVENTS=rows))
+    assert made.values("hr") == [(1, 1.5, 80, 0), (2, 2, 81, 0), (3, 3, 82, 0)]
+    assert made.tally.refused == {"charted-in-error:CHARTEVENTS": 1}
+    made = extract(source(CHARTEVENTS=rows), profile="benchmark")
+    assert made.values("hr") == [(n, None, 79 + n, 0) for n in (1, 2, 3, 4)]
+
+
+def test_text_becomes_a_number_or_is_refused(source: Source) -> None:
+    rows = [
+        chart(455, "120/80", 1),
+        chart(8441, "120/80", 1),
+        chart(220045, ">60", 2),
+        chart(220045, "60 bpm", 3, valuenum=60),
+        chart(220045, "fast", 4),
+        chart(220045, "", 5),
+    ]
+    made = extract(source(CHARTEVENTS=rows))
+    assert made.values("sbp") == [(1, 1, 120, 1)]
+    assert made.values("dbp") == [(1, 1, 80, 1)]
+    assert made.values("hr") == [(2, 2, 60, 0), (3, 3, 60, 0)]
+    assert made.tally.refused == {"not-a-number:hr": 1, "no-value:hr": 1}
+
+
+def test_temperature_is_converted_by_item(source: Source) -> None:
+    rows = [
+        chart(678, "98.6", 1),
+        chart(677, "37", 1),  # the computed twin of 678
+        chart(676, "38.5", 2),
+        chart(676, "98.6", 3),  # Fahrenheit under an item in Celsius
+        chart(223761, "200", 4),  # would look like Fahrenheit again if it were converted once
+    ]
+    made = extract(source(CHARTEVENTS=rows))
+    assert made.values("temp") == [(1, 1, 37, 0), (2, 2, 38.5, 0), (3, 3, 37, 0)]
+    assert made.tally.refused == {"outside-limits:temp": 1}
+    assert made.tally.repaired == {"fahrenheit:temp": 1}
+
+
+def test_inspired_oxygen_is_a_fraction_however_it_is_charted(source: Source) -> None:
+    written = ["0.4", "40", 0.4, 40, ".40", "40.0"]
+    items = [189, 190, 3420, 223835]
+    rows = [chart(item, value, h) for h, value in enumerate(written) for item in items]
+    made = extract(source(CHARTEVENTS=rows)).values("fio2")
+    assert made == [(h, h, 0.4, 0) for h in range(len(written))]
+
+
+def test_coma_score_is_a_sum_or_the_charted_total(source: Source) -> None:
+    rows = [
+        # all three components: their sum, whatever the total says
+        chart(184, "3 To speech", 1), chart(723, "1.0 ET/Trach", 1),
+        chart(454, "5 Localizes Pain", 1), chart(198, "15", 1),
+        # some components: the total
+        chart(184, "4 Spontaneously", 2), chart(184, "4 Spontaneously", 2),
+        chart(723, "5 Oriented", 2), chart(198, "11", 2),
+        # one component alone: the others are carried
+        chart(454, "6 Obeys Commands", 3),
+        # MetaVision: the lowest eye score is the word "None"
+        chart(220739, "None", 12), chart(223900, "No Response-ETT", 12),
+        chart(223901, "No response", 12),
+    ]  # fmt: skip
+    made = extract(source(CHARTEVENTS=rows))
+    assert [(h, v) for h, _, v, _ in made.values("gcs_total")] == [
+        (1, 9), (2, 11), (3, 4 + 5 + 6), (12, 3)
+    ]  # fmt: skip
+    assert made.tally.repaired == {"summed:gcs_total": 1}
+    made = extract(source(CHARTEVENTS=rows), profile="benchmark")
+    assert [(h, v) for h, _, v, _ in made.values("gcs_total")] == [(1, 15), (2, 11)]
+
+
+def test_items_of_each_profile(source: Source) -> None:
+    only_benchmark = [
+        # balloon pump, spontaneous breaths, after a manoeuvre, computed, skin, and urine
+        ("mbp", 224, 80), ("mbp", 224322, 80), ("rr", 614, 12), ("rr", 651, 12),
+        ("rr", 224422, 12), ("rr", 224689, 12), ("spo2", 8498, 97), ("temp", 677, 37),
+        ("temp", 679, 99), ("temp", 3655, 36), ("ph", 51491, 6.5), ("ph", 51094, 6.5),
+        ("ph", 50831, 7.5), ("glucose", 51478, 100),
+    ]  # fmt: skip
+    only_strict = [
+        ("dbp", 227242, 70), ("mbp", 443, 80), ("fio2", 190, 0.5), ("fio2", 50816, 50),
+        ("glucose", 3744, 120),
+    ]  # fmt: skip
+    in_none = [("ph", 220734, 6)]  # the dipstick of the ward
+    rows = list(enumerate(only_benchmark + only_strict + in_none))
+    from_lab = [lab(item, v, h) for h, (_, item, v) in rows if 50800 <= item < 51600]
+    charted = [chart(item, v, h) for h, (_, item, v) in rows if not 50800 <= item < 51600]
+    folder = source(LABEVENTS=from_lab, CHARTEVENTS=charted)
+    strict, benchmark = extract(folder), extract(folder, profile="benchmark")
+    for hour, (variable, item, value) in rows:
+        found = bool(strict.values(variable, at=hour)), bool(benchmark.values(variable, at=hour))
+        row = (variable, item, value)
+        assert found == (row in only_strict, row in only_benchmark), item
+
+
+# --- quirks of the benchmark ----------------------------------------------------------------------
+
+
+def test_benchmark_reads_values_as_it_does(source: Source) -> None:
+    made = extract(
+        source(
+            CHARTEVENTS=[
+                chart(211, "101", 1), chart(220045, "99", 1),  # "99" > "101" as text
+                chart(455, "101", 1), chart(51, "99", 1),  # pressures are numbers
+                chart(223835, "0.4", 1), chart(189, "0.4", 2, valueuom="torr"),
+                chart(223761, "78", 1), chart(676, "79", 2),
+                chart(646, "0.97", 1),
+                chart(220045, "1000", 2),
+            ],
+            LABEVENTS=[lab(50931, ">500"), lab(50931, "98", 2)],
+        ),
+        profile="benchmark",
+    )  # fmt: skip
+    assert made.values("hr") == [(1, None, 99, 0), (2, None, 1000, 0)]
+    assert made.values("sbp") == [(1, None, 101, 0)]
+    assert made.values("fio2") == [(1, None, 0.004, 0), (2, None, 0.4, 0)]
+    assert made.values("temp") == [(1, None, 78, 0), (2, None, pytest.approx(26.111111), 0)]
+    assert made.values("spo2") == [(1, None, 97, 0)]
+    assert made.values("glucose") == [(2, None, 98, 0)]
+    assert made.tally.refused == {"same-time:observation": 2, "text-result:glucose": 1}
+
+
+# --- the laboratory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "gas", "other"),
+    [
+        ({}, 0.5, 2),
+        ({"lab_delay": 4.0}, 4, 4),
+        ({"lab_delay": 0.0}, None, None),
+        ({"profile": "benchmark"}, None, None),
+        ({"profile": "benchmark", "lab_delay": 1.0}, None, 1),
+    ],
+)
+def test_results_come_after_a_delay(
+    source: Source, options: dict[str, Any], gas: float | None, other: float | None
+) -> None:
+    rows = [lab(50800, "ART"), lab(50820, 7.3), lab(50912, 1.1)]
+    made = extract(source(LABEVENTS=rows), **options)
+    assert made.values("ph") == [(1, gas and 1 + gas, 7.3, 0)]
+    assert made.events("LOINC/2160-0") == [(1, other and 1 + other, 1.1)]
+
+
+def test_impossible_options_are_refused(source: Source) -> None:
+    with pytest.raises(SourceError, match="no profile 'paper'"):
+        Mimic3(source(), profile="paper")  # type: ignore[arg-type]
+    for delay in (-1.0, float("nan")):
+        with pytest.raises(SourceError, match="lab_delay"):
+            Mimic3(source(), lab_delay=delay)
+
+
+def test_missing_table_is_named(source: Source) -> None:
+    folder = source()
+    (folder / "LABEVENTS.csv").unlink()
+    with pytest.raises(SourceError, match=r"LABEVENTS\.csv"):
+        Mimic3(folder)
+
+
+def test_blood_is_arterial_only_where_the_laboratory_says_so(source: Source) -> None:
+    rows = [
+        *(lab(50800, kind, hour) for hour, kind in ((1, "ART"), (2, "MIX"))),
+        *(lab(item, value, h) for h in (1, 2, 3) for item, value in
+          ((50820, 7.3), (50817, 95), (50821, 80))),
+    ]  # fmt: skip
+    made = extract(source(LABEVENTS=rows))
+    assert made.values("ph") == [(1, 1.5, 7.3, 0), (2, 2.5, 7.3, 1), (3, 3.5, 7.3, 1)]
+    assert made.values("spo2") == [(1, 1.5, 95, 1)]
+    assert made.events("MIMIC/LAB/50817") == [(2, 2.5, 95), (3, 3.5, 95)]
+    assert made.events("LOINC/2703-7") == [(1, 1.5, 80)]
+    assert made.events("MIMIC/LAB/50821") == [(2, 2.5, 80), (3, 3.5, 80)]
+
+
+def test_chart_copies_of_results_are_dropped(source: Source) -> None:
+    labs = [lab(50931, 118, 4), lab(50931, 140, 10)]
+    charts = [
+        chart(811, "118", 4),
+        chart(1529, "118", 5.5),  # 90 minutes later
+        chart(811, "118", 5.6),
+        chart(811, "119", 4.1),
+        chart(807, "118", 4.2),  # a fingerstick is a measurement of its own
+        chart(220621, "140", 9),
+    ]
+    made = extract(source(LABEVENTS=labs, CHARTEVENTS=charts))
+    assert [(h, v, p) for h, _, v, p in made.values("glucose")] == [
+        (4, 118, 0), (4.1, 119, 0), (4.2, 118, 1), (5.6, 118, 0), (10, 140, 0)
+    ]  # fmt: skip
+    assert made.tally.refused == {"copy-of-lab:glucose": 3}
+
+
+def test_results_are_numbers_in_the_unit_of_their_code(source: Source) -> None:
+    rows = [
+        lab(50912, "<0.2", 1, valueuom="mg/dL"),
+        lab(50912, "GREATER THAN 20", 2, valueuom="MG/DL"),
+        lab(50912, "1.5", 3),
+        lab(50912, "88", 4, valueuom="umol/L"),
+        lab(50889, "5", 1, valueuom="mg/L"),
+        lab(50889, "2", 2, valueuom="mg/dL"),
+        lab(50912, "HEMOLYZED", 5),
+        lab(51491, "5.5", 1, valueuom="units"),
+        lab(59999, "7", 1, valueuom="blobs"),
+    ]
+    made = extract(source(LABEVENTS=rows), lab_delay=0.0)
+    assert made.events("LOINC/2160-0") == [(1, None, 0.2), (2, None, 20), (3, None, 1.5)]
+    assert made.events("LOINC/2160-0//umol/L") == [(4, None, 88)]
+    assert made.events("MIMIC/LAB/50889") == [(1, None, 5), (2, None, 20)]
+    assert made.tally.refused == {"text-result:lab": 1}
+    assert made.items.codes.rows() == [
+        ("LOINC/2160-0", "creatinine in serum or plasma", "mg/dL"),
+        ("LOINC/2160-0//umol/L", "creatinine in serum or plasma", "umol/L"),
+        ("MIMIC/LAB/50889", "c-reactive protein in blood", "mg/L"),
+        ("MIMIC/LAB/51491", "ph in urine", "1"),
+        ("MIMIC/LAB/59999//{blobs}", "item 59999", "{blobs}"),
+    ]
+
+
+# --- infusions and procedures ---------------------------------------------------------------------
+
+
+def test_infusion_starts_changes_and_ends(source: Source) -> None:
+    rate = {"itemid": 221906, "rateuom": "mcg/kg/min", "linkorderid": 7}
+    rows = [
+        order(start=1, end=2, rate=0.1, statusdescription="Changed", **rate),
+        order(start=2, end=5, rate=0.2, statusdescription="Stopped", **rate),
+        order(start=6, end=7, rate=9, statusdescription="Rewritten", **rate),
+        order(start=8, end=9, rate=9, **rate) | {"cancelreason": 1},
+        order(start=9, end=8, rate=9, **rate),
+        order(start=8, end=9, amount=-1, **rate),
+        order(221347, 3, 3 + 1 / 60, amount=150, linkorderid=8),
+        order(221347, 4, 6, rate=60, rateuom="mg/hour", linkorderid=9),
+    ]
+    made = extract(source(INPUTEVENTS_MV=rows, CHARTEVENTS=[chart(211, 80)]))
+    assert made.events("MIMIC/INPUT_START/221906") == [(1, None, 0.1), (2, None, 0.2)]
+    assert made.events("MIMIC/INPUT_END/221906") == [(5, None, None)]
+    # A dose has no rate and no end. The usual unit of amiodarone is mg/min.
+    assert made.events("MIMIC/INPUT_START/221347") == [(3, None, None), (4, None, 1)]
+    assert made.events("MIMIC/INPUT_END/221347") == [(6, None, None)]
+    assert made.tally.refused == {
+        f"{reason}:INPUTEVENTS_MV": 1
+        for reason in ("rewritten", "cancelled", "end-before-start", "negative-amount")
+    }
+    assert made.items.codes.rows() == [
+        ("MIMIC/INPUT_END/221347", "amiodarone ended", None),
+        ("MIMIC/INPUT_END/221906", "norepinephrine ended", None),
+        ("MIMIC/INPUT_START/221347", "amiodarone started", "mg/min"),
+        ("MIMIC/INPUT_START/221906", "norepinephrine started", "ug/kg/min"),
+    ]
+
+
+def test_procedure_starts_and_ends(source: Source) -> None:
+    rows = [order(225792, 1, 60, value=3540), order(225792, 3, 5, statusdescription="Rewritten")]
+    made = extract(source(PROCEDUREEVENTS_MV=rows))
+    assert made.events("MIMIC/PROCEDURE_START/225792") == [(1, None, None)]
+    assert made.events("MIMIC/PROCEDURE_END/225792") == []  # after the stay of 48 hours
+    assert made.tally.refused == {"rewritten:PROCEDUREEVENTS_MV": 1, "after-end:event": 1}
