@@ -56,7 +56,7 @@ class Table(Protocol):
         """Bytes on disk, for the progress bar."""
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
-        """The chunks after the first `start` ones. The same source always has the same chunks."""
+        """The rows after the first `start` ones, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Chunk:
 
     frame: pl.DataFrame
     first_line: int
-    bytes_read: int  # of the file on disk, up to the end of this chunk
+    bytes_read: int  # of the file on disk, up to the end of this chunk; may be an estimate
 
 
 @dataclass(frozen=True, slots=True)

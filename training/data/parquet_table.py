@@ -56,9 +56,13 @@ class ParquetTable:
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
         """See `Table`; `first_line` is the row number in its file, from 1 on."""
-        for number, chunk in enumerate(prefetch(self._chunks())):
-            if number >= start:
-                yield chunk
+        row = 0
+        for chunk in prefetch(self._chunks()):
+            n = len(chunk.frame)
+            if row + n > start or n == 0:
+                skip = max(start - row, 0)
+                yield Chunk(chunk.frame.slice(skip), chunk.first_line + skip, chunk.bytes_read)
+            row += n
 
     def _chunks(self) -> Iterator[Chunk]:
         bytes_read = 0

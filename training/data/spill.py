@@ -28,7 +28,6 @@ _STATE = "state.json"
 class _State:
     """How far a pass has come."""
 
-    chunks: int = 0
     rows: int = 0
     kept: int = 0
     parts: int = 0
@@ -90,7 +89,7 @@ class Spill:
             unfinished.replace(self._folder / _STATE)
             waiting, size = [], 0
 
-        for chunk in self.scan.table.chunks(state.chunks):
+        for chunk in self.scan.table.chunks(state.rows):
             try:
                 kept = self.scan.select(chunk.frame, tally)
             except pl.exceptions.PolarsError as error:
@@ -98,7 +97,6 @@ class Spill:
                 raise SourceError(f"{where}: {error}") from error
             waiting.append(kept)
             size += int(kept.estimated_size())
-            state.chunks += 1
             state.rows += len(chunk.frame)
             on_progress(chunk.bytes_read, state.rows)
             if size >= PART_BYTES:

@@ -90,9 +90,10 @@ class Lines:
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
         """See `Table`."""
-        for chunk in self._table.chunks(start):
+        is_csv = isinstance(self._table, CsvTable)
+        for chunk in self._table.lines(start) if is_csv else self._table.chunks(start):
             line = chunk.first_line + pl.int_range(pl.len(), dtype=pl.Int64)
-            if isinstance(self._table, CsvTable):  # a field in quotes may go over several lines
+            if is_csv:  # a field in quotes may go over several lines
                 breaks = pl.sum_horizontal(pl.col(pl.String).str.count_matches("\n").fill_null(0))
                 line += breaks.cum_sum().shift(1, fill_value=0)
             yield Chunk(

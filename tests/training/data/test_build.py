@@ -38,9 +38,9 @@ class Toy:
     limits = True
     expected = Expected()
 
-    def __init__(self, path: Path, n_stays: int = N_STAYS, chunk_bytes: int = 4000) -> None:
+    def __init__(self, path: Path, n_stays: int = N_STAYS, chunk_rows: int = 250) -> None:
         columns = {"stay_id": pl.Int32, "minute": pl.Int64, "hr": pl.Float64}
-        self.table = CsvTable(path, columns, chunk_bytes=chunk_bytes)
+        self.table = CsvTable(path, columns, chunk_rows=chunk_rows)
         self.n_stays = n_stays
         self.chunks_selected = 0
 
@@ -131,14 +131,14 @@ def test_every_row_arrives_at_its_stay(ward: Path, tmp_path: Path) -> None:
     assert "00007" not in {r.episode.episode_id for r in store}
 
 
-@pytest.mark.parametrize("chunk_bytes", [500, 10**6])
+@pytest.mark.parametrize("chunk_rows", [40, 10**6])
 def test_chunks_and_parts_do_not_show(
-    ward: Path, tmp_path: Path, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ward: Path, tmp_path: Path, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_store(Toy(ward), tmp_path / "a", tmp_path / "work-a", progress=False)
     monkeypatch.setattr(spill, "PART_BYTES", 2000)
     build_store(
-        Toy(ward, chunk_bytes=chunk_bytes), tmp_path / "b", tmp_path / "work-b", progress=False
+        Toy(ward, chunk_rows=chunk_rows), tmp_path / "b", tmp_path / "work-b", progress=False
     )
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
@@ -155,7 +155,7 @@ class StopsAt:
         self._table, self._stop = table, chunk
 
     def chunks(self, start: int = 0) -> Iterator[Chunk]:
-        for number, chunk in enumerate(self._table.chunks(start), start):
+        for number, chunk in enumerate(self._table.chunks(start)):
             if number == self._stop:
                 raise Stopped
             yield chunk
@@ -214,7 +214,7 @@ def test_hours_are_half_open_whatever_the_order_and_the_copies(
     sent = [(s, m, float(v)) for s, m, v in rows * 2]
     order.shuffle(sent)  # type: ignore[attr-defined]
     path = write(folder / "vitals.csv", sent)
-    build_store(Toy(path, n_stays=2, chunk_bytes=20), folder / "s", folder / "w", progress=False)
+    build_store(Toy(path, n_stays=2, chunk_rows=2), folder / "s", folder / "w", progress=False)
     for record in EpisodeStore.open(folder / "s"):
         stay = int(record.episode.episode_id)
         grid = hourly_grid(record.episode, 3)

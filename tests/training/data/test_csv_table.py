@@ -33,28 +33,37 @@ def rows(n: int) -> str:
 
 
 @pytest.mark.parametrize("name", ["events.csv", "events.csv.gz"])
-@pytest.mark.parametrize("chunk_bytes", [7, 30, 10_000])
-def test_the_rows_do_not_depend_on_the_chunks(tmp_path: Path, name: str, chunk_bytes: int) -> None:
-    found = table(write(tmp_path, rows(50), name), chunk_bytes=chunk_bytes).read()
+@pytest.mark.parametrize("way", ["chunks", "lines"])
+@pytest.mark.parametrize("size", [7, 30, 10_000])
+def test_the_rows_do_not_depend_on_the_chunks(
+    tmp_path: Path, name: str, way: str, size: int
+) -> None:
+    csv = table(write(tmp_path, rows(50), name), chunk_rows=size, text_bytes=size)
+    found = pl.concat([chunk.frame for chunk in getattr(csv, way)()])
     assert found["stay"].to_list() == [100 + i for i in range(50)]
     assert found["value"].to_list() == [f"v{i}" for i in range(50)]
     assert found.schema == pl.Schema({"stay": pl.Int64, "value": pl.String})
 
 
-def test_a_chunk_knows_its_first_line(tmp_path: Path) -> None:
-    chunks = list(table(write(tmp_path, rows(40)), chunk_bytes=100).chunks())
+@pytest.mark.parametrize("way", ["chunks", "lines"])
+def test_a_chunk_knows_its_first_line(tmp_path: Path, way: str) -> None:
+    csv = table(write(tmp_path, rows(40)), chunk_rows=9, text_bytes=100)
+    chunks = list(getattr(csv, way)())
     assert len(chunks) > 3
     for chunk in chunks:
         assert chunk.frame["stay"][0] == 100 + chunk.first_line - 2
-    assert chunks[-1].bytes_read == (tmp_path / "events.csv").stat().st_size
+    read = [chunk.bytes_read for chunk in chunks]
+    assert read == sorted(read)
+    assert read[-1] == pytest.approx(csv.size, rel=0.1)
 
 
-def test_chunks_can_be_skipped(tmp_path: Path) -> None:
-    csv = table(write(tmp_path, rows(40)), chunk_bytes=100)
-    whole = list(csv.chunks())
-    rest = list(csv.chunks(2))
-    assert [c.first_line for c in rest] == [c.first_line for c in whole[2:]]
-    assert pl.concat([c.frame for c in rest]).equals(pl.concat([c.frame for c in whole[2:]]))
+@pytest.mark.parametrize("way", ["chunks", "lines"])
+@pytest.mark.parametrize("start", [0, 1, 9, 10, 39, 40])
+def test_rows_can_be_skipped(tmp_path: Path, way: str, start: int) -> None:
+    csv = table(write(tmp_path, rows(40)), chunk_rows=9, text_bytes=100)
+    frames = [chunk.frame for chunk in getattr(csv, way)(start)]
+    found = [stay for frame in frames for stay in frame["stay"].to_list()]
+    assert found == [100 + i for i in range(start, 40)]
 
 
 @pytest.mark.parametrize(
@@ -67,14 +76,17 @@ def test_chunks_can_be_skipped(tmp_path: Path) -> None:
     ],
 )
 def test_common_spellings_of_a_file_are_read(tmp_path: Path, text: str) -> None:
-    found = table(write(tmp_path, text)).read()
-    assert found.rows() == [(2, "a")]
+    csv = table(write(tmp_path, text))
+    assert csv.read().rows() == [(2, "a")]
+    assert [row for chunk in csv.chunks() for row in chunk.frame.rows()] == [(2, "a")]
 
 
 def test_only_an_empty_field_is_missing(tmp_path: Path) -> None:
     """The word None is a score of the Glasgow coma scale, NA may be a unit."""
-    found = table(write(tmp_path, HEADER + "1,1,None,\n2,2,,\n3,3,NA,\n4,4,nan,\n")).read()
-    assert found["value"].to_list() == ["None", None, "NA", "nan"]
+    csv = table(write(tmp_path, HEADER + "1,1,None,\n2,2,,\n3,3,NA,\n4,4,nan,\n"))
+    (chunk,) = csv.chunks()
+    for frame in (csv.read(), chunk.frame):
+        assert frame["value"].to_list() == ["None", None, "NA", "nan"]
 
 
 @given(
@@ -83,14 +95,16 @@ def test_only_an_empty_field_is_missing(tmp_path: Path) -> None:
         min_size=1,
         max_size=20,
     ),
-    chunk_bytes=st.integers(5, 60),
+    size=st.integers(5, 60),
 )
 def test_quoted_commas_quotes_and_line_ends_are_data(
-    tmp_path_factory: pytest.TempPathFactory, values: list[str], chunk_bytes: int
+    tmp_path_factory: pytest.TempPathFactory, values: list[str], size: int
 ) -> None:
     body = "".join(f'{i},{i},"{v.replace(chr(34), chr(34) * 2)}",\n' for i, v in enumerate(values))
     path = write(tmp_path_factory.mktemp("csv"), HEADER + body)
-    assert table(path, chunk_bytes=chunk_bytes).read()["value"].to_list() == values
+    csv = table(path, text_bytes=size, chunk_rows=size)
+    for way in (csv.lines, csv.chunks):
+        assert [v for chunk in way() for v in chunk.frame["value"].to_list()] == values
 
 
 def test_a_stray_quote_does_not_swallow_the_file(tmp_path: Path) -> None:
@@ -98,20 +112,23 @@ def test_a_stray_quote_does_not_swallow_the_file(tmp_path: Path) -> None:
     text = HEADER + "1,1,5'2\",\n" + "".join(f"{i},{i},b,\n" for i in range(2, 3000))
     chunks = []
     with pytest.raises(SourceError, match=r"events\.csv: line \d+: "):
-        chunks.extend(table(write(tmp_path, text), chunk_bytes=500).chunks())
+        chunks.extend(table(write(tmp_path, text), text_bytes=500).lines())
 
 
 def test_a_table_without_rows_has_its_columns(tmp_path: Path) -> None:
-    found = table(write(tmp_path, HEADER)).read()
-    assert found.schema == pl.Schema(COLUMNS)
-    assert found.is_empty()
+    csv = table(write(tmp_path, HEADER))
+    (chunk,) = csv.chunks()
+    for frame in (csv.read(), chunk.frame):
+        assert frame.schema == pl.Schema(COLUMNS)
+        assert frame.is_empty()
 
 
 def test_a_column_that_may_be_absent_is_null(tmp_path: Path) -> None:
-    found = CsvTable(
-        write(tmp_path, HEADER + "1,2,a,\n"), COLUMNS | {"unit": pl.String}, absent_ok=["unit"]
-    ).read()
-    assert found.rows() == [(2, "a", None)]
+    path = write(tmp_path, HEADER + "1,2,a,\n")
+    csv = CsvTable(path, COLUMNS | {"unit": pl.String}, absent_ok=["unit"])
+    (chunk,) = csv.chunks()
+    for frame in (csv.read(), chunk.frame):
+        assert frame.rows() == [(2, "a", None)]
 
 
 @pytest.mark.parametrize(
@@ -127,36 +144,54 @@ def test_a_column_that_may_be_absent_is_null(tmp_path: Path) -> None:
         (rows(30) + "1,,a,\n", "line 32: column 'stay' is empty"),
     ],
 )
-@pytest.mark.parametrize("chunk_bytes", [64, 10_000])
+@pytest.mark.parametrize("size", [64, 10_000])
 def test_a_malformed_file_is_named_with_its_line(
-    tmp_path: Path, text: str, message: str, chunk_bytes: int
+    tmp_path: Path, text: str, message: str, size: int
 ) -> None:
     with pytest.raises(SourceError, match=rf"events\.csv: {message}"):
-        table(write(tmp_path, text), chunk_bytes=chunk_bytes, required=["stay"]).read()
+        table(write(tmp_path, text), text_bytes=size, required=["stay"]).read()
 
 
-def test_bad_encoding_is_named_with_its_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("x,twelve,v,\n", "line 32: column 'stay' is not of type Int64"),
+        ("1,,a,\n", "line 32: column 'stay' is empty"),
+        ("1\n", "line 32: 1 fields, not 4"),
+        ("1,5' 2,a,b,c,d\n", "line 32: 6 fields, not 4"),  # the comma shifts a word to a number
+    ],
+)
+def test_the_fast_way_names_the_line_too(tmp_path: Path, row: str, message: str) -> None:
+    csv = table(write(tmp_path, rows(30) + row + "1,1,v,\n"), required=["stay"])
+    with pytest.raises(SourceError, match=rf"events\.csv: {message}"):
+        list(csv.chunks())
+
+
+@pytest.mark.parametrize("way", ["chunks", "read"])
+def test_bad_encoding_is_named_with_its_line(tmp_path: Path, way: str) -> None:
     text = rows(30).encode() + b"30,30,temp\xe9rature,\n" + b"31,31,v,\n"
     with pytest.raises(SourceError, match=r"events\.csv: line 32: not valid UTF-8"):
-        table(write(tmp_path, text)).read()
+        list(getattr(table(write(tmp_path, text)), way)())
 
 
+@pytest.mark.parametrize("way", ["chunks", "read"])
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
-def test_a_truncated_gzip_is_named(tmp_path: Path, share: float) -> None:
+def test_a_truncated_gzip_is_named(tmp_path: Path, share: float, way: str) -> None:
     path = write(tmp_path, rows(5000), "events.csv.gz")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(SourceError, match=r"events\.csv\.gz: line \d+ or later: .*ends early"):
-        table(path, chunk_bytes=1000).read()
+        list(getattr(table(path, text_bytes=1000), way)())
 
 
-def test_a_damaged_gzip_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["chunks", "read"])
+def test_a_damaged_gzip_is_named(tmp_path: Path, way: str) -> None:
     path = write(tmp_path, rows(5000), "events.csv.gz")
     content = bytearray(path.read_bytes())
     content[-6] ^= 0xFF  # the checksum
     path.write_bytes(content)
     with pytest.raises(SourceError, match=r"events\.csv\.gz: line \d+ or later: .*damaged"):
-        table(path, chunk_bytes=1000).read()
+        list(getattr(table(path, text_bytes=1000), way)())
 
 
 def test_an_error_never_repeats_what_stands_in_the_file(tmp_path: Path) -> None:
