@@ -243,10 +243,10 @@ def records_from_tables(
 ) -> list[EpisodeRecord]:
     """Inverse of `tables_from_records`.
 
-    An item stands at the later of its effective and its available time. Of the items of one kind
-    (and priority) that became known at one instant, only those with the latest effective time are
-    given: the others were history when they came. Raises StoreError, with `where`, if the tables do
-    not belong together.
+    An item stands at the later of its effective and its available time. An item that was history
+    when it became known, because one of its kind (and priority) with a later effective time was
+    known by then, is left out. Raises StoreError, with `where`, if the tables do not belong
+    together.
     """
     ids = episodes["episode_id"].to_pylist()
     observations, obs_owner, obs_hours = _as_known(
@@ -324,14 +324,18 @@ def _as_known(
         _terms(items[name])[1] if pa.types.is_dictionary(items[name].type) else items[name]
         for name in kind
     ]
-    keys = [np.asarray(k) for k in kinds] + [known, owner]
-    order = np.lexsort([hours, *keys])
-    same = np.ones(max(len(order) - 1, 0), dtype=bool)
-    for key in keys:
-        same &= key[order][1:] == key[order][:-1]
-    # Going back through a group, the latest effective time is the one of its last row.
-    last = np.append(~same, True) if len(order) else np.empty(0, bool)
-    group_end = np.flatnonzero(last)[np.cumsum(last) - last]
-    latest = np.zeros(len(order), dtype=bool)
-    latest[order] = hours[order] == hours[order][group_end]
-    return items.filter(pa.array(latest)), owner[latest], known[latest]
+    group = np.zeros(len(owner), dtype=np.int64)
+    for key in (owner, *(np.asarray(k) for k in kinds)):
+        _, number = np.unique(key, return_inverse=True)
+        _, group = np.unique(group * (number.max() + 1) + number, return_inverse=True)
+    _, rank = np.unique(hours, return_inverse=True)  # whole numbers: exact in the running maximum
+    # In the order in which a kind became known, the latest effective time so far.
+    order = np.lexsort((rank, known, group))
+    step = group * (rank.max() + 1) + rank
+    latest = np.maximum.accumulate(step[order])
+    same_instant = (np.diff(group[order]) == 0) & (np.diff(known[order]) == 0)
+    last = np.append(~same_instant, True)
+    instant_end = np.flatnonzero(last)[np.cumsum(last) - last]
+    current = np.zeros(len(order), dtype=bool)
+    current[order] = step[order] == latest[instant_end]
+    return items.filter(pa.array(current)), owner[current], known[current]

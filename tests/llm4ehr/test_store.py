@@ -204,7 +204,7 @@ def test_an_item_stands_where_it_became_known(tmp_path: Path) -> None:
     write(tmp_path / "s", [simple("p0", n_obs=3, n_events=2)])
     for name, available in (
         ("observations.parquet", [None, 0.5, 7.0]),
-        ("events.parquet", [3.0, None]),
+        ("events.parquet", [0.25, None]),
     ):
         table = pq.read_table(tmp_path / "s" / name)
         index = table.schema.get_field_index("available_hours")
@@ -213,7 +213,7 @@ def test_an_item_stands_where_it_became_known(tmp_path: Path) -> None:
 
     (record,) = EpisodeStore.open(tmp_path / "s")
     assert record.episode.obs_hours.tolist() == [0.0, 1.0, 7.0]
-    assert record.episode.ev_hours.tolist() == [3.0, 1.0]
+    assert record.episode.ev_hours.tolist() == [0.25, 1.0]
 
 
 class TestWriterRefuses:
@@ -341,7 +341,7 @@ def test_a_bad_block_is_refused(
         max_size=25,
     )
 )
-def test_of_items_known_at_one_instant_the_latest_counts(rows: list[tuple[str, Row]]) -> None:
+def test_what_was_history_when_it_came_does_not_count(rows: list[tuple[str, Row]]) -> None:
     """A nurse who files three hours at once tells the state of the last one."""
     records = records_from_tables(*tables(["a", "b"], rows), where="here")
     for record in records:
@@ -351,7 +351,9 @@ def test_of_items_known_at_one_instant_the_latest_counts(rows: list[tuple[str, R
         for name, hours, available, value, priority in mine:
             known = max(hours, available or 0.0)
             peers = [
-                h for n, h, a, _, p in mine if (n, p, max(h, a or 0.0)) == (name, priority, known)
+                h
+                for n, h, a, _, p in mine
+                if (n, p) == (name, priority) and max(h, a or 0.0) <= known
             ]
             if hours == max(peers):
                 expected.append((name, known, value, priority))
@@ -363,8 +365,16 @@ def test_of_items_known_at_one_instant_the_latest_counts(rows: list[tuple[str, R
             strict=True,
         )
         assert sorted(found) == sorted(expected)
-        times = {(c, h) for c, h in zip(episode.ev_code, episode.ev_hours, strict=True)}
-        assert times == {(n, max(h, a or 0.0)) for n, h, a, _, _ in mine}
+        events = zip(episode.ev_code, episode.ev_hours, episode.ev_value, strict=True)
+        assert sorted(events) == sorted(
+            (n, max(h, a or 0.0), x)
+            for n, h, a, x, _ in mine
+            if h == max(h2 for n2, h2, a2, _, _ in mine if n2 == n and _known_by(h2, a2, h, a))
+        )
+
+
+def _known_by(hours: float, available: float | None, of: float, of_available: float | None) -> bool:
+    return max(hours, available or 0.0) <= max(of, of_available or 0.0)
 
 
 def test_an_outcome_needs_a_whole_interval_of_death() -> None:

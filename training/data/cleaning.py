@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import polars as pl
 
 from llm4ehr.variables import PREFERRED, VARIABLES
@@ -61,7 +63,7 @@ def finish(items: Items, stays: pl.DataFrame, tally: Tally, *, limits: bool) -> 
         observations, "no-value", pl.col("value").is_null() | ~pl.col("value").is_finite(), tally
     )
     if limits:
-        observations = _within_limits(observations, tally)
+        observations = within_limits(observations, tally)
     observations = _within_stay(observations, "observation", stays, tally)
     observations = _without_copies(observations, ["stay", "variable", "hours", "priority"], tally)
     observations = observations.sort(
@@ -70,7 +72,7 @@ def finish(items: Items, stays: pl.DataFrame, tally: Tally, *, limits: bool) -> 
 
     events = items.events.select(pl.col(c).cast(t) for c, t in EVENT_COLUMNS.items())
     events = events.with_columns(
-        code=_code(pl.col("code")),
+        _service_codes(events["code"]),
         value=pl.when(pl.col("value").is_finite()).then(pl.col("value")),  # else an event alone
     )
     events = _within_stay(events, "event", stays, tally)
@@ -78,7 +80,7 @@ def finish(items: Items, stays: pl.DataFrame, tally: Tally, *, limits: bool) -> 
     events = events.sort("stay", "hours", "code", "value", nulls_last=True)
 
     codes = items.codes.select(pl.col(c).cast(t) for c, t in CODE_COLUMNS.items())
-    codes = codes.with_columns(_code(pl.col("code"))).sort(*CODE_COLUMNS, nulls_last=True)
+    codes = codes.with_columns(_service_codes(codes["code"])).sort(*CODE_COLUMNS, nulls_last=True)
     codes = codes.join(events.select("code").unique(), on="code", how="semi")
     in_units = codes.group_by("code").agg(pl.col("unit").n_unique()).filter(pl.col("unit") > 1)
     if not in_units.is_empty():
@@ -86,9 +88,15 @@ def finish(items: Items, stays: pl.DataFrame, tally: Tally, *, limits: bool) -> 
     return Items(observations, events, codes.unique("code", keep="first", maintain_order=True))
 
 
-def _code(code: pl.Expr) -> pl.Expr:
-    """A code as the service takes it: printable ASCII without blanks, at most 128 characters."""
-    return code.str.replace_all(r"[^!-~]+", "_").str.slice(0, MAX_CODE_CHARACTERS)
+def _service_codes(codes: pl.Series) -> pl.Series:
+    """Codes as the service takes them: printable ASCII without blanks, at most 128 characters.
+
+    A longer one keeps its beginning and gets a digest, so that two of them stay two.
+    """
+    plain = codes.str.replace_all(r"[^!-~]+", "_")
+    long = plain.filter(plain.str.len_bytes() > MAX_CODE_CHARACTERS).unique().to_list()
+    short = {c: f"{c[:119]}~{hashlib.sha256(c.encode()).hexdigest()[:8]}" for c in long}
+    return plain.replace(short) if short else plain
 
 
 def _refuse(frame: pl.DataFrame, reason: str, bad: pl.Expr, tally: Tally) -> pl.DataFrame:
@@ -101,7 +109,8 @@ def _refuse(frame: pl.DataFrame, reason: str, bad: pl.Expr, tally: Tally) -> pl.
     return marked.filter(~pl.col("_bad")).drop("_bad")
 
 
-def _within_limits(frame: pl.DataFrame, tally: Tally) -> pl.DataFrame:
+def within_limits(frame: pl.DataFrame, tally: Tally) -> pl.DataFrame:
+    """Observations with their units repaired; those that cannot be true are refused."""
     value, variable = pl.col("value"), pl.col("variable")
     for reason, (name, (low, high), convert) in _REPAIRS.items():
         wrong = (variable == name) & value.is_between(low, high)
@@ -147,7 +156,8 @@ def _without_copies(frame: pl.DataFrame, key: list[str], tally: Tally) -> pl.Dat
 
 def _latest_version(events: pl.DataFrame, tally: Tally) -> pl.DataFrame:
     """One event a stay, code and minute: the last that became known, of those the largest value."""
-    minute = (pl.col("hours") * 60).round().cast(pl.Int64)
+    # Times are whole minutes after an admission that may have seconds, so none is near a border.
+    minute = (pl.col("hours") * 60 + 1e-3).floor().cast(pl.Int64)
     once = (
         events.with_columns(_minute=minute)
         .sort("available_hours", "value", nulls_last=False)

@@ -63,7 +63,8 @@ class CsvTable:
         self._text_bytes = text_bytes
         sample, sample_bytes = next(self._blocks(2**18), (b"", 0))
         self._bytes_per_row = sample_bytes / max(sample.count(b"\n"), 1)
-        header = sample.partition(b"\n")[0]
+        header, _, rows = sample.partition(b"\n")
+        self._has_rows = bool(rows.strip())
         text = header.removeprefix(_BOM).decode("utf-8", "replace").strip()
         names = [name.strip().strip('"').lower() for name in text.split(",")]
         missing = [c for c in self.columns if c not in names and c not in absent_ok]
@@ -104,6 +105,10 @@ class CsvTable:
         return cls(found[0], columns, required=required, absent_ok=absent_ok)
 
     @property
+    def _is_gzip(self) -> bool:
+        return self.path.name.lower().endswith(".gz")
+
+    @property
     def size(self) -> int:
         """Bytes of the file."""
         return self.path.stat().st_size
@@ -126,10 +131,15 @@ class CsvTable:
                 .collect_batches(maintain_order=True, chunk_size=self._chunk_rows)
             ):
                 if any(frame[c].null_count() for c in self._required):
-                    raise ValueError("an empty field in a column that is required")
+                    frame = _without_blank_end(frame)
+                    if any(frame[c].null_count() for c in self._required):
+                        raise ValueError("an empty field in a column that is required")
                 yield Chunk(self._typed(frame), row + 2, self._share(row + len(frame)))
                 row += len(frame)
                 empty = False
+            if row == start == 0 and self._has_rows:
+                raise ValueError("no row can be told from the others")  # a quote without its end
+            self._check_end()
         except (PolarsError, OSError, ValueError) as error:
             for _ in self.lines():  # raises the same error with its line
                 pass
@@ -150,6 +160,17 @@ class CsvTable:
                 skip = max(start - row, 0)
                 yield Chunk(frame.slice(skip), first_line + skip, bytes_read)
             row += len(frame)
+
+    def _check_end(self) -> None:
+        """Raise ValueError if a plain file was cut off in its last row. (gzip tells by itself.)"""
+        if self._is_gzip:
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(max(self.size - 2**16, 0))
+            text = stream.read().rstrip(b"\r\n")
+        before, newline, last = text.rpartition(b"\n")
+        if newline and before and b'"' not in last:
+            self._check_fields(last)
 
     def _scan(self) -> pl.LazyFrame:
         # The header goes by position: its names may be in another case.
@@ -172,8 +193,7 @@ class CsvTable:
         line = 1
         try:
             with self.path.open("rb") as raw:
-                is_gzip = self.path.name.lower().endswith(".gz")
-                stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if is_gzip else raw)
+                stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if self._is_gzip else raw)
                 while block := stream.read(size):
                     yield block, raw.tell()
                     line += block.count(b"\n")
@@ -200,14 +220,16 @@ class CsvTable:
                     rest = header
                     continue
                 in_header, line = False, 2
-            cut = _end_of_rows(text)
+            # Blank lines are kept back: at the end of the file they are none of its rows.
+            filled = len(text[: _end_of_rows(text)].rstrip(b"\r\n"))
+            cut = text.find(b"\n", filled) + 1 if filled else 0
             body, rest = text[:cut], text[cut:]
             if body:
                 yield body, line, bytes_read
                 line += body.count(b"\n")
                 any_rows = True
-        if in_header:
-            rest = b""  # a header without a line end
+        if in_header or not rest.strip():
+            rest = b""  # a header without a line end; blank lines at the end
         if rest or not any_rows:
             yield rest, line, bytes_read
 
@@ -304,3 +326,10 @@ def _end_of_rows(text: bytes) -> int:
         odd ^= text.count(b'"', previous, end) % 2
         end = previous
     return end
+
+
+def _without_blank_end(frame: pl.DataFrame) -> pl.DataFrame:
+    """Without the rows at the end in which nothing stands: blank lines."""
+    filled = frame.select(pl.any_horizontal(pl.all().is_not_null())).to_series()
+    last = len(filled) - 1 - (filled.reverse().arg_max() or 0) if filled.any() else -1
+    return frame[: last + 1]

@@ -167,10 +167,25 @@ def test_an_event_with_a_value_that_is_no_number_is_an_event() -> None:
 
 def test_a_code_is_one_that_the_service_takes() -> None:
     long = "X/" + "y" * 200
-    made, _ = cleaned(events=[(0, "EICU/ORDER/d 5 µg", 1.0, None, 1.0), (0, long, 2.0, None, 1.0)])
-    assert made.events["code"].to_list() == ["EICU/ORDER/d_5_g", long[:128]]
-    assert made.codes["code"].to_list() == ["EICU/ORDER/d_5_g", long[:128]]
+    sent = ["EICU/ORDER/d 5 µg", long, long + "//mg"]
+    made, _ = cleaned(events=[(0, code, 1.0, None, 1.0) for code in sent])
+    codes = made.events["code"].to_list()
+    assert sorted(codes) == made.codes["code"].to_list()
+    assert codes[0] == "EICU/ORDER/d_5_g"
     assert made.codes["descriptor"][0] == "eicu/order/d 5 µg"
+    assert len(set(codes)) == 3
+    assert all(len(c) <= 128 and c.isascii() and c.isprintable() for c in codes)
+
+
+@given(
+    minutes=st.lists(st.integers(0, 47 * 60), min_size=1, unique=True), second=st.integers(0, 59)
+)
+def test_events_of_different_minutes_all_stay(minutes: list[int], second: int) -> None:
+    """An admission at half a minute puts every charted minute at half a minute."""
+    sent = [(0, "A", (60 * m + second) / 3600, None, 1.0) for m in minutes]
+    made, tally = cleaned(events=sent)
+    assert len(made.events) == len(minutes)
+    assert not tally.refused
 
 
 def test_one_code_has_one_unit() -> None:

@@ -72,11 +72,13 @@ def test_rows_can_be_skipped(tmp_path: Path, way: str, start: int) -> None:
         HEADER.replace("\n", "\r\n") + "1,2,a,\r\n",
         "\ufeff" + HEADER + "1,2,a,\n",
         HEADER + "1,2,a,",  # no line end
+        HEADER + "1,2,a,\n\n",
+        HEADER + "1,2,a,\r\n\r\n\n",
         '"ROW_ID","stay","VALUE","NOTE"\n1,"2","a",""\n',
     ],
 )
 def test_common_spellings_of_a_file_are_read(tmp_path: Path, text: str) -> None:
-    csv = table(write(tmp_path, text))
+    csv = table(write(tmp_path, text), required=["stay"])
     assert csv.read().rows() == [(2, "a")]
     assert [row for chunk in csv.chunks() for row in chunk.frame.rows()] == [(2, "a")]
 
@@ -165,6 +167,23 @@ def test_the_fast_way_names_the_line_too(tmp_path: Path, row: str, message: str)
     csv = table(write(tmp_path, rows(30) + row + "1,1,v,\n"), required=["stay"])
     with pytest.raises(SourceError, match=rf"events\.csv: {message}"):
         list(csv.chunks())
+
+
+@pytest.mark.parametrize("quoted", ["5'2\" tall", '"tall'])
+@pytest.mark.parametrize("n", [1, 3000])
+def test_a_quote_without_its_end_does_not_empty_the_file(
+    tmp_path: Path, quoted: str, n: int
+) -> None:
+    text = HEADER + f"1,1,{quoted},\n" + "".join(f"{i},{i},b,\n" for i in range(2, n))
+    with pytest.raises(SourceError, match=r"events\.csv: line 2: "):
+        list(table(write(tmp_path, text)).chunks())
+
+
+def test_a_plain_file_cut_off_in_a_row_is_named(tmp_path: Path) -> None:
+    text = rows(50)
+    path = write(tmp_path, text[: text.rindex(",v")])
+    with pytest.raises(SourceError, match=r"events\.csv: line 51: 2 fields, not 4"):
+        list(table(path).chunks())
 
 
 @pytest.mark.parametrize("way", ["chunks", "read"])
