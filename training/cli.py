@@ -35,7 +35,7 @@ def _prepare(a: argparse.Namespace) -> int:
         raise ValueError("--out is missing: the episode store to write")
     given = {name: getattr(a, name) for name in ("profile", "lab_delay", "code_map")}
     options = {name: value for name, value in given.items() if value is not None}
-    info = prepare(a.dataset, a.source, a.out, **options)
+    info = prepare(a.dataset, a.source, a.out, name=a.name, **options)
     print(json.dumps(info.counts, indent=2))
     print(f"report: {a.out / 'report.html'}")
     return 0
@@ -46,8 +46,19 @@ def _check(a: argparse.Namespace) -> int:
 
     if a.dataset != "table":
         raise ValueError(f"--check is for the data set table, not {a.dataset}")
-    report = check(a.source)
+    # As `prepare` names it; without a store in the current folder, but never among the tables.
+    source = a.source.resolve()
+    beside = a.out.resolve() if a.out is not None else Path.cwd() / source.name
+    if beside.is_relative_to(source):
+        if a.out is not None:
+            raise ValueError(f"--out lies in the source folder: {a.out}")
+        beside = source
+    rejected = beside.with_name(beside.name + ".rejected.csv")
+    rejected.parent.mkdir(parents=True, exist_ok=True)
+    report = check(a.source, rejected)
     print(report)
+    if rejected.exists():
+        print(f"refused rows: {rejected}")
     return 0 if report.passed else 1
 
 
@@ -189,6 +200,10 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     prepare.add_argument("dataset", choices=sorted(READERS))
     prepare.add_argument("--source", type=Path, required=True, help="folder of the official files")
     prepare.add_argument("--out", type=Path, help="episode store to write")
+    prepare.add_argument(
+        "--name",
+        help="meds, table: what the data set is called from here on (default: meds, table)",
+    )
     prepare.add_argument(
         "--profile",
         choices=("strict", "benchmark"),

@@ -59,6 +59,16 @@ class DataConfig(Strict):
     max_codes: PositiveInt = 512
     max_episodes: PositiveInt | None = None
 
+    @model_validator(mode="after")
+    def _holds_out_one_of_the_folds(self) -> Self:
+        fold = self.validation_fold
+        if fold is not None and (self.n_folds < 2 or not 0 <= fold < self.n_folds):
+            raise ValueError(
+                f"validation_fold {fold} of n_folds {self.n_folds}: it must be one of at least two "
+                "folds, counted from 0, or null"
+            )
+        return self
+
 
 class PreprocessingOptions(Strict):
     """The choices of `llm4ehr.episode.Preprocessing` that are not fitted."""

@@ -4,12 +4,13 @@ not seen its label."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from training.config import FinetuneConfig
-from training.dataset import open_sources, subject_fold
+from training.dataset import Source, open_sources, subject_fold
 from training.evaluate import hourly_table, load_scorer, pooled, task_metrics
 from training.finetune import finetune
 
@@ -19,8 +20,10 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
 
     No weight has seen the label of a stay that it scores. The held-out stays do choose the best
     epoch, the calibration and the decision threshold of their fold, so the figures are slightly
-    optimistic.
+    optimistic. Raises ValueError if there are fewer than two folds.
     """
+    if config.data.n_folds < 2:
+        raise ValueError("data.n_folds must be at least 2: with one fold nothing is left to train")
     tables, thresholds = [], []
     for fold in range(config.data.n_folds):
         run = config.run / f"fold{fold}"
@@ -30,10 +33,9 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
         scorer = load_scorer(run)
         thresholds.append(scorer.thresholds)
         for source in open_sources(config.data.sources, training=True):
-            table = hourly_table(scorer, source)
-            fold_of = {s: subject_fold(s, config.data.n_folds) for s in np.unique(table["subject"])}
-            held_out = np.array([fold_of[s] == fold for s in table["subject"]], dtype=bool)
-            tables.append({name: column[held_out] for name, column in table.items()})
+            held_out = _fold_of(source, fold, config.data.n_folds)
+            if held_out.episode_ids:
+                tables.append(hourly_table(scorer, held_out))
     # A fold without a certain label of a task has no threshold for it.
     mean = {
         task: float(np.mean([of[task] for of in thresholds if task in of]))
@@ -43,3 +45,14 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
     report = {"folds": config.data.n_folds, "tasks": tasks}
     (config.run / "crossvalidation.json").write_text(json.dumps(report, indent=2))
     return report
+
+
+def _fold_of(source: Source, fold: int, n_folds: int) -> Source:
+    """The source with the stays of one fold only."""
+    rows = source.store.labels.select(["episode_id", "subject_id"]).to_pylist()
+    inside = {
+        row["episode_id"]
+        for row in rows
+        if subject_fold(source.key(row["subject_id"]), n_folds) == fold
+    }
+    return replace(source, episode_ids=source.episode_ids & inside)

@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +35,12 @@ from llm4ehr.episode import (
     preprocessing_digest,
 )
 from llm4ehr.model import TASKS, Task
-from llm4ehr.store import EpisodeRecord, EpisodeStore
+from llm4ehr.store import EpisodeRecord, EpisodeStore, StoreError, StoreInfo
+from llm4ehr.store_tables import INFO_FILE
+from llm4ehr.variables import VARIABLES
 from llm4ehr.vocabulary import Vocabulary, fit_vocabulary
 from training.config import PreprocessingOptions, SourceConfig
+from training.data.prepare import OWN_DATA
 from training.labels import DEFAULT_LABELS, LabelOptions, phenotype_flags, record_labels
 from training.progress import track
 
@@ -64,8 +69,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The data set."""
+        """The data set. Sources of one name are of one store."""
         return self.store.info.source
+
+    def key(self, name: str) -> str:
+        """A stay or a patient of this source among those of all sources."""
+        return f"{self.name}/{name}"
 
     def labels_taken(self, task: Task) -> bool:
         """Whether the labels of a task are taken from here."""
@@ -76,7 +85,8 @@ def open_sources(configs: Sequence[SourceConfig], *, training: bool) -> list[Sou
     """Open the stores and choose the stays to read.
 
     Raises LeakageError when `training` would read what is for evaluation only, under whatever name,
-    and ValueError when a store has no stays in the splits.
+    and ValueError when a store has no stays in the splits, when stores cannot be told apart by
+    their names, or when a stay would be read twice.
     """
     opened = []
     for config in configs:
@@ -99,7 +109,69 @@ def open_sources(configs: Sequence[SourceConfig], *, training: bool) -> list[Sou
                 : config.max_episodes
             ]
         opened.append(Source(store=store, config=config, episode_ids=frozenset(ids)))
+    for one, other in combinations(opened, 2):
+        _check_distinct(one, other)
     return opened
+
+
+def _check_distinct(one: Source, other: Source) -> None:
+    """Raise ValueError if results or patients of the two could be mixed up."""
+    both = f"{one.store.path} and {other.store.path}"
+    if one.name == other.name and one.store.info != other.store.info:
+        raise ValueError(
+            f"{both} are different stores of one name, {one.name!r}, so their patients cannot be "
+            "told apart; name the stores of your own data with `prepare --name`"
+        )
+    if one.name != other.name and one.store.info.digests == other.store.info.digests:
+        raise ValueError(f"{both} hold the same stays under two names")
+    if one.name == other.name and (twice := one.episode_ids & other.episode_ids):
+        raise ValueError(f"{both}: {len(twice)} stays would be read twice")
+
+
+def origins(sources: Sequence[Source]) -> dict[str, dict[str, str]]:
+    """What the result of a run says of its data sets, by name: licence, citation, store."""
+    return _origins([source.store.info for source in sources])
+
+
+def _origins(infos: Sequence[StoreInfo]) -> dict[str, dict[str, str]]:
+    return {
+        "licences": {info.source: info.licence for info in infos},
+        "citations": {info.source: info.citation for info in infos},
+        "stores": {info.source: _store_digest(info) for info in infos},
+    }
+
+
+def _store_digest(info: StoreInfo) -> str:
+    return hashlib.sha256(json.dumps(dict(info.digests), sort_keys=True).encode()).hexdigest()
+
+
+def origins_of_run(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `origins` has written into the result of a finished run.
+
+    The result of a run of earlier versions has licences only: citations and digests are those of
+    its stores, as far as these are still there with the same licence.
+    """
+    if "stores" in result:
+        return {key: result[key] for key in ("licences", "citations", "stores")}
+    infos = []
+    for source in config["data"]["sources"]:
+        try:
+            info = StoreInfo.from_json((Path(source["store"]) / INFO_FILE).read_text("utf-8"))
+        except (OSError, StoreError):
+            continue
+        if result["licences"].get(info.source) == info.licence:
+            infos.append(info)
+    return _origins(infos) | {"licences": result["licences"]}
+
+
+def is_another(info: StoreInfo, stores: Mapping[str, str]) -> bool:
+    """Whether a run that read `stores` (name -> digest) read other data under the name of this.
+
+    The name of a published data set, or one that was given, says which data they are, and a store
+    of them may be made anew. The names in `OWN_DATA` stand for anything.
+    """
+    read = stores.get(info.source)
+    return info.source in OWN_DATA and read is not None and read != _store_digest(info)
 
 
 def records(sources: Sequence[Source], description: str) -> Iterator[tuple[Source, EpisodeRecord]]:
@@ -124,7 +196,7 @@ def fit_preprocessing(
     sources: Sequence[Source], options: PreprocessingOptions, max_codes: int
 ) -> tuple[Preprocessing, Vocabulary]:
     """Normalisation and vocabulary of the chosen stays, and of nothing else in the stores."""
-    sums = np.zeros((3, N_VARIABLES))  # count, sum, sum of squares about the normal value
+    sums = np.zeros((3, N_VARIABLES))  # count, sum, sum of squares
     values: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     descriptors: dict[str, tuple[str, str | None]] = {}
     for source, record in records(sources, "fitting normalisation and vocabulary"):
@@ -139,10 +211,15 @@ def fit_preprocessing(
     count = np.maximum(sums[0], 1)
     mean = sums[1] / count
     std = np.sqrt(np.maximum(sums[2] / count - mean**2, 0))
+    std = np.where(std > 1e-6, std, 1.0)
+    # A variable that no source has is imputed by its normal value everywhere, which must come out
+    # as 0; and a patient who has it later must not come out at the clip.
+    never = sums[0] == 0
+    mean = np.where(never, [v.normal for v in VARIABLES], mean)
+    std = np.where(never, [(v.plausible_high - v.plausible_low) / 8 for v in VARIABLES], std)
     preprocessing = Preprocessing(
-        # A variable that the source never has keeps a harmless scale.
         mean=tuple(float(m) for m in mean),
-        std=tuple(float(s) if s > 1e-6 else 1.0 for s in std),
+        std=tuple(float(s) for s in std),
         **options.model_dump(),
     )
     vocabulary = fit_vocabulary(
@@ -290,7 +367,12 @@ def build_features(
         _FEATURES_VERSION,
         preprocessing_digest(preprocessing, vocabulary),
         [
-            (s.store.info.digests, sorted(s.episode_ids), sorted(filter(s.labels_taken, TASKS)))
+            (
+                s.name,
+                s.store.info.digests,
+                sorted(s.episode_ids),
+                sorted(filter(s.labels_taken, TASKS)),
+            )
             for s in sources
         ],
         asdict(options),
@@ -332,7 +414,7 @@ def _write_features(
         parts["token_ids"].append(tokens.ids)
         parts["token_hours"].append(tokens.hours)
         meta["episode_ids"].append(episode.episode_id)
-        meta["subjects"].append(f"{source.name}/{record.subject_id}")
+        meta["subjects"].append(source.key(record.subject_id))
         meta["sources"].append(source.name)
     if not phenotypes:
         raise ValueError("no episodes with an hour to learn from in the chosen splits")

@@ -24,7 +24,7 @@ from llm4ehr.offline import score_episodes
 from training import metrics as m
 from training.config import SourceConfig
 from training.data.phenotypes import PHENOTYPES
-from training.dataset import Source, open_sources
+from training.dataset import Source, is_another, open_sources, origins_of_run
 from training.labels import (
     MIN_HISTORY_HOURS,
     LabelOptions,
@@ -56,7 +56,7 @@ def evaluate(
     Stays of several stores are pooled, and `by_source` has each store alone. `labels` are the tasks
     to judge (None: all that the stores label); of each store at most `max_episodes` stays are read.
     Writes metrics.json and predictions.parquet to `out` if given. Raises ValueError when a store
-    has no such stays.
+    has no such stays, or when stores cannot be told apart.
     """
     scorer = load_scorer(model)
     chosen = {"splits": splits, "labels": labels, "split_column": split_column}
@@ -87,7 +87,7 @@ def evaluate(
                 "source": source.name,
                 "episodes": len(np.unique(part["episode"])),
                 "patients": len(np.unique(part["subject"])),
-                "patients_trained_on": trained_on(model, part),
+                "patients_trained_on": trained_on(model, source, part),
             }
             for source, part in zip(opened, tables, strict=True)
         ],
@@ -108,13 +108,17 @@ def evaluate(
     return report
 
 
-def trained_on(model: Path, table: Mapping[str, NDArray[Any]]) -> int | None:
+def trained_on(model: Path, source: Source, table: Mapping[str, NDArray[Any]]) -> int | None:
     """Number of the patients whom a fine-tuning run was trained or selected on.
 
-    None for a bundle, which does not say who they were.
+    None for a bundle, which does not say who they were, and for a store that has no name of its own
+    where the run read another one without.
     """
     file = model / "subjects.json"
     if not file.exists():
+        return None
+    result, config = (json.loads((model / f"{n}.json").read_text()) for n in ("result", "finetune"))
+    if is_another(source.store.info, origins_of_run(result, config)["stores"]):
         return None
     return len(set(json.loads(file.read_text())) & set(table["subject"].tolist()))
 
@@ -188,8 +192,8 @@ def hourly_table(scorer: Scorer, source: Source) -> dict[str, NDArray[Any]]:
                 "phenotyping": np.tile(phenotype_flags(record.outcome)[order], (n, 1)),
             }
             columns: dict[str, NDArray[Any]] = {
-                "episode": np.full(n, f"{source.name}/{record.episode.episode_id}"),
-                "subject": np.full(n, f"{source.name}/{record.subject_id}"),
+                "episode": np.full(n, source.key(record.episode.episode_id)),
+                "subject": np.full(n, source.key(record.subject_id)),
                 "hour": np.arange(n),
                 "last": np.arange(n) == n - 1,
             }

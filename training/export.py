@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm4ehr.bundle import Network, save_bundle
+from training.dataset import origins_of_run
 from training.evaluate import load_scorer
 
 _TASK_TITLES = {
@@ -47,7 +48,12 @@ _DEMO_LIMITS = {
     "Far more of them died in hospital than on a ward.",
     "mimic4": "MIMIC-IV demo: 100 patients of one hospital.",
 }
-_SHARE_ALIKE = re.compile("ODbL|Open Database License")
+_SHARE_ALIKE = re.compile("ODbL|Open Database Licen[cs]e", re.IGNORECASE)
+_LICENCE_TEXTS = {
+    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+    "ODC-By-1.0": "https://opendatacommons.org/licenses/by/1-0/",
+    "ODbL-1.0": "https://opendatacommons.org/licenses/odbl/1-0/",
+}
 _SHARED_PATIENTS = (
     "MIMIC-III and MIMIC-IV come from one hospital (2001 to 2012, 2008 to 2019) under unrelated "
     "ids. A patient could be in both and so on both sides of a split; this cannot be checked."
@@ -92,6 +98,7 @@ def export(
         "finetuning": {"config": made.config, "result": made.result},
         "pretraining": made.pretraining,
         "environment": made.environment,
+        "data_sets": [asdict(data_set) for data_set in made.data_sets],
         "preprocessing_digest": network.preprocessing_digest,
         "vocabulary_digest": network.vocabulary.digest,
     }
@@ -108,6 +115,23 @@ def export(
     )
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class DataSet:
+    """What the licence of a data set that was trained on asks to pass on.
+
+    `citation` is empty where none is known.
+    """
+
+    name: str
+    licence: str
+    citation: str
+
+    @property
+    def share_alike(self) -> bool:
+        """Whether it is under the Open Database License."""
+        return _SHARE_ALIKE.search(self.licence) is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """How a network came to be: configuration and result of its runs, hardware, command."""
@@ -119,9 +143,19 @@ class Provenance:
     command: str | None
 
     @property
-    def licences(self) -> dict[str, str]:
-        """Data set -> licence, of everything that was trained on."""
-        return {**self.pretraining["result"]["licences"], **self.result["licences"]}
+    def data_sets(self) -> list[DataSet]:
+        """Everything that was trained on, in order. A name comes twice where pre-training and
+        fine-tuning read it under different terms."""
+        found = set()
+        for result, config in (
+            (self.pretraining["result"], self.pretraining["config"]),
+            (self.result, self.config),
+        ):
+            of = origins_of_run(result, config)
+            for name, licence in of["licences"].items():
+                found.add(DataSet(name, licence, of["citations"].get(name, "")))
+        cited = {(of.name, of.licence) for of in found if of.citation}
+        return sorted(of for of in found if of.citation or (of.name, of.licence) not in cited)
 
 
 def _rounded(network: Network) -> bool:
@@ -166,7 +200,7 @@ def model_card(
             + "."
             for task, of in result["labelled"].items()
         ),
-        *_licence_section(made.licences),
+        *_licence_section(made.data_sets),
         "## Labels",
         "",
         "Decompensation, remaining stay and phenotypes are asked at times after "
@@ -206,30 +240,35 @@ def _sources(config: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _licence_section(licences: dict[str, str]) -> list[str]:
-    lines = [
+def _licence_section(data_sets: Sequence[DataSet]) -> list[str]:
+    lines = ["", "## Licences of the data", ""]
+    for of in data_sets:
+        text = _LICENCE_TEXTS.get(of.licence)
+        line = f"- {of.name}: {of.licence}" + (f" (<{text}>)" if text else "")
+        lines.append(f"{line}. {of.citation or 'No citation is recorded.'}")
+    lines += [
         "",
-        "## Licences of the data",
-        "",
-        *(f"- {source}: {licence}" for source, licence in sorted(licences.items())),
+        "Pass this list on with every copy of the bundle. The records were changed into hourly "
+        "input and used to train the weights; the bundle holds none of them.",
         "",
     ]
-    if shared := sorted(source for source, text in licences.items() if _SHARE_ALIKE.search(text)):
+    if shared := sorted({of.name for of in data_sets if of.share_alike}):
         lines += [
-            f"{', '.join(shared)}: the Open Database License is a share-alike licence. Keep this "
-            "notice with every copy of the bundle. A database derived from the data, or from this "
-            "bundle as far as it is one, may be passed on under the same licence only.",
+            f"Contains information from {', '.join(shared)}, which is made available under the "
+            "Open Database License (ODbL), a share-alike licence. Keep this notice with every copy "
+            "of the bundle. A database derived from the data, or from this bundle as far as it is "
+            "one, may be passed on under the same licence only.",
             "",
         ]
     return lines
 
 
 def _limits(made: Provenance) -> list[str]:
-    licences = made.licences
-    demos = {source for source in _DEMO_LIMITS if _SHARE_ALIKE.search(licences.get(source, ""))}
-    limits = [limit for source in sorted(licences) for limit in _SOURCE_LIMITS.get(source, ())]
+    names = {of.name for of in made.data_sets}
+    demos = {of.name for of in made.data_sets if of.share_alike} & _DEMO_LIMITS.keys()
+    limits = [limit for source in sorted(names) for limit in _SOURCE_LIMITS.get(source, ())]
     limits += [_DEMO_LIMITS[source] for source in sorted(demos)]
-    if {"mimic3", "mimic4"} <= licences.keys():
+    if {"mimic3", "mimic4"} <= names:
         limits.append(_SHARED_PATIENTS)
     for task, of in made.result["labelled"].items():
         if of and set(of) <= demos:

@@ -28,7 +28,10 @@ from training.dataset import (
     Source,
     batches,
     build_features,
+    is_another,
     open_sources,
+    origins,
+    origins_of_run,
     subsample,
 )
 from training.labels import certain
@@ -178,13 +181,25 @@ def selection_score(
 def finetune(config: FinetuneConfig) -> Network:
     """Run, resume or, if it is finished, load a fine-tuning.
 
-    The best epoch on the validation fold is kept.
+    The best epoch on the validation fold is kept. Raises ValueError where a store has the name of
+    other data that the encoder was pre-trained on.
     """
     sources = open_sources(config.data.sources, training=True)
     pretrained = load_network(config.pretrained)
     run = RunFolder(config.run, "finetune", config)
     if run.finished:
         return load_network(config.run)
+    pretraining = {
+        "config": json.loads((config.pretrained / "pretrain.json").read_text()),
+        "result": json.loads((config.pretrained / "result.json").read_text()),
+    }
+    read = origins_of_run(pretraining["result"], pretraining["config"])["stores"]
+    for source in sources:
+        if is_another(source.store.info, read):
+            raise ValueError(
+                f"{source.store.path}: called {source.name!r} like another store, which the "
+                "encoder was pre-trained on; name it with `prepare --name`"
+            )
     torch.manual_seed(config.seed)
     network = with_heads(pretrained, config)
     model = network.model.to(device())
@@ -238,21 +253,13 @@ def finetune(config: FinetuneConfig) -> Network:
     if len(held_out):
         model.load_state_dict(load_file(best_file))
     save_network(config.run, network)
-    (config.run / "pretrained.json").write_text(
-        json.dumps(
-            {
-                "config": json.loads((config.pretrained / "pretrain.json").read_text()),
-                "result": json.loads((config.pretrained / "result.json").read_text()),
-            },
-            indent=2,
-        )
-    )
+    (config.run / "pretrained.json").write_text(json.dumps(pretraining, indent=2))
     (config.run / "subjects.json").write_text(
         json.dumps(sorted({features.subjects[i] for i in (*train, *held_out)}))
     )
     run.finish(
         {
-            "licences": {source.name: source.store.info.licence for source in sources},
+            **origins(sources),
             "label_notes": label_notes(sources, list(config.tasks)),
             "preprocessing_digest": network.preprocessing_digest,
             "vocabulary_digest": network.vocabulary.digest,

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -32,9 +35,13 @@ def places(store: EpisodeStore) -> pl.DataFrame:
     stays = pl.DataFrame(store.labels.drop_columns(["phenotypes"]))
     hours = pl.max_horizontal("n_hours", "los_hours", "death_hours_high")
     days = (hours / 24).ceil().cast(pl.Int64) + 1
-    # The true order of the stays of a subject, as far as ages and a death tell it.
-    order = ("subject_id", "age_years", "mortality", "episode_id")
-    ordered = stays.sort(order, nulls_last=True)
+    # The true order of the stays of a subject, as far as a death and ages tell it: those of the
+    # hospital stay that ended in death come last, and of these the one nearest to the death.
+    fatal = pl.col("mortality").fill_null(value=False)
+    ordered = stays.sort(
+        ["subject_id", fatal, "age_years", -pl.col("death_hours_low"), "episode_id"],
+        nulls_last=[False, False, True, False, False],
+    )
     start = days.cum_sum().shift(1, fill_value=0).over("subject_id")
     placed = ordered.select(
         "episode_id",
@@ -60,8 +67,19 @@ def subject_numbers(subjects: list[str]) -> dict[str, int]:
     return numbers
 
 
-def new_folder(out: Path) -> None:
-    """Make the folder `out`. Raises StoreError if it is in use."""
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` if all goes well and is removed if not.
+
+    Raises StoreError if `out` is in use.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out}: exists and is not an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
+    partial = out.absolute().with_name(f"{out.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(out)  # also in place of an empty folder
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

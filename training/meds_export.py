@@ -42,21 +42,21 @@ def write_labels(store: Path, out: Path, options: LabelOptions = DEFAULT_LABELS)
     `prediction_time` is the last microsecond of the hours that may be used. Labels that are not
     known, or only with a probability, are left out. Raises StoreError; also if `out` is in use.
     """
-    new_folder(out)
     opened = EpisodeStore.open(store)
     where = places(opened)
     counts = dict.fromkeys(_TASKS, 0)
-    with ExitStack() as files:
-        writers: dict[str, pq.ParquetWriter] = {}
-        for task, column in _TASKS.items():
-            (out / task).mkdir(parents=True)
-            path = out / task / "labels.parquet"
-            writers[task] = files.enter_context(pq.ParquetWriter(path, _label_schema(column)))
-        for block in opened.blocks():
-            for task, table in _block_labels(block, where, options).items():
-                writers[task].write_table(table)
-                counts[task] += table.num_rows
-    where.write_parquet(out / "stays.parquet")
+    with new_folder(out) as folder:
+        with ExitStack() as files:
+            writers: dict[str, pq.ParquetWriter] = {}
+            for task, column in _TASKS.items():
+                (folder / task).mkdir(parents=True)
+                path = folder / task / "labels.parquet"
+                writers[task] = files.enter_context(pq.ParquetWriter(path, _label_schema(column)))
+            for block in opened.blocks():
+                for task, table in _block_labels(block, where, options).items():
+                    writers[task].write_table(table)
+                    counts[task] += table.num_rows
+        where.write_parquet(folder / "stays.parquet")
     return counts
 
 
@@ -71,7 +71,6 @@ def write_predictions(
     the probability reaches `threshold`. Returns the number of rows of each task. Raises StoreError;
     also if `out` is in use, or nothing is predicted.
     """
-    new_folder(out)
     opened = EpisodeStore.open(store)
     where = places(opened)
     names = _names_in(predictions)
@@ -79,26 +78,28 @@ def write_predictions(
     if not columns:
         raise StoreError(f"{predictions}: holds no predictions")
     counts = dict.fromkeys(columns, 0)
-    with ExitStack() as files:
-        writers: dict[str, pq.ParquetWriter] = {}
-        for task in columns:
-            path = out / f"{task}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writers[task] = files.enter_context(pq.ParquetWriter(path, _PREDICTIONS))
-        for block in opened.blocks():
-            labels = _block_labels(block, where, DEFAULT_LABELS)
-            scored = _scores(predictions, block, where, list(columns.values()))
-            for task, name in columns.items():
-                table = _with_answers(pl.DataFrame(labels[task]), scored, task, name).select(
-                    "subject_id",
-                    "prediction_time",
-                    "boolean_value",
-                    predicted_boolean_value=pl.col("answer") >= threshold,
-                    predicted_boolean_probability=pl.col("answer").cast(pl.Float32),
-                )
-                writers[task].write_table(table.to_arrow().cast(_PREDICTIONS))
-                counts[task] += len(table)
-    where.write_parquet(out / "stays.parquet")
+    with new_folder(out) as folder:
+        with ExitStack() as files:
+            writers: dict[str, pq.ParquetWriter] = {}
+            for task in columns:
+                path = folder / f"{task}.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                writers[task] = files.enter_context(pq.ParquetWriter(path, _PREDICTIONS))
+            for block in opened.blocks():
+                labels = _block_labels(block, where, DEFAULT_LABELS)
+                scored = _scores(predictions, block, where, list(columns.values()))
+                for task, name in columns.items():
+                    rows = _with_answers(pl.DataFrame(labels[task]), scored, task, name)
+                    table = rows.select(
+                        "subject_id",
+                        "prediction_time",
+                        "boolean_value",
+                        predicted_boolean_value=pl.col("answer") >= threshold,
+                        predicted_boolean_probability=pl.col("answer").cast(pl.Float32),
+                    )
+                    writers[task].write_table(table.to_arrow().cast(_PREDICTIONS))
+                    counts[task] += len(table)
+        where.write_parquet(folder / "stays.parquet")
     return counts
 
 

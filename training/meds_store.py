@@ -1,8 +1,12 @@
 """A store as a MEDS 0.4 data set, which `training.data.meds_dataset` reads back.
 
-What is kept: observations, events, static facts, mortality, an exact time of death, lengths of stay
-and record, splits. What is not: phenotypes (they are labels, see `training.meds_export`), a time of
-death that is known only as an interval, and values beyond single precision.
+What is kept: observations, events, static facts, mortality, the exact time of a death, lengths of
+stay and record, splits. What is not: phenotypes (they are labels, see `training.meds_export`), a
+time of death that is known only as an interval, and values beyond single precision.
+
+A patient dies once. Where several ICU stays are of the hospital stay that ended in death, all have
+it in the store, each in hours since its own admission; the calendar does not keep the time between
+them, so only the last of them on it has `MEDS_DEATH`. The others keep that they ended in death.
 
 `time` is when a value was known, so that whoever cuts the data at a prediction time sees no future;
 `effective_time`, a column of our own, is when it was true, where that was earlier.
@@ -51,6 +55,8 @@ _SPLITS = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
+# Of data sets with splits of their own: those that nobody may train on.
+_HELD_OUT = {"physionet2012": {"c": "held_out"}}
 _OF_STAYS = {
     "MEDS_BIRTH": "birth",
     "MEDS_DEATH": "death, at a time that is known exactly",
@@ -78,21 +84,31 @@ def write_dataset(store: Path, out: Path) -> int:
     `subject_splits.parquet`, `dataset.json` and `stays.parquet` (which stay stands where). Memory
     holds one block of the store, or one file. Raises StoreError; also if `out` is in use.
     """
-    new_folder(out)
     opened = EpisodeStore.open(store)
-    where = places(opened)
-    stays = pl.DataFrame(opened.labels).join(
-        where.drop("n_hours", "source_subject_id").rename({"subject_id": "_subject"}),
-        on="episode_id",
-        maintain_order="left",
+    with new_folder(out) as folder:
+        return _write(opened, folder)
+
+
+def _write(store: EpisodeStore, out: Path) -> int:
+    where = places(store)
+    stays = (
+        pl.DataFrame(store.labels)
+        .join(
+            where.drop("n_hours", "source_subject_id").rename({"subject_id": "_subject"}),
+            on="episode_id",
+            maintain_order="left",
+        )
+        .with_columns(_is_last=pl.col("start") == pl.col("start").max().over("_subject"))
     )
     file_of = stays.select("_subject").unique().sort("_subject")
     file_of = file_of.with_columns(_file=pl.int_range(pl.len()) // SUBJECTS_PER_FILE)
     parts = out / "parts"
     first = 0
-    for k in range(opened.n_blocks):
-        tables = [_row_group(store / f"{name}.parquet", k) for name in ("observations", "events")]
-        n = pq.ParquetFile(store / "episodes.parquet").metadata.row_group(k).num_rows
+    for k in range(store.n_blocks):
+        tables = [
+            _row_group(store.path / f"{name}.parquet", k) for name in ("observations", "events")
+        ]
+        n = pq.ParquetFile(store.path / "episodes.parquet").metadata.row_group(k).num_rows
         block = stays.slice(first, n)
         first += n
         rows = pl.concat(
@@ -107,7 +123,7 @@ def write_dataset(store: Path, out: Path) -> int:
             part.write_parquet(parts / str(file) / f"{k}.parquet")
     n_rows, used = _write_files(parts, out / "data")
     shutil.rmtree(parts)
-    _write_metadata(opened, stays, used, out / "metadata")
+    _write_metadata(store, stays, used, out / "metadata")
     where.write_parquet(out / "metadata" / "stays.parquet")
     return n_rows
 
@@ -190,7 +206,7 @@ def _of_stays(stays: pl.DataFrame) -> pl.DataFrame:
     age = (pl.col("age_years") * (DAYS_PER_YEAR * 24 * US_PER_HOUR)).round().cast(pl.Int64)
     # Up to the next number: the one time at which the death can have been.
     exact = pl.col("death_hours_high") - pl.col("death_hours_low") < 1e-9
-    death = pl.when(exact).then("death_hours_low")
+    death = pl.when(exact & pl.col("_is_last")).then("death_hours_low")
     last = pl.max_horizontal(pl.col("n_hours").cast(pl.Float64), "los_hours", "death_hours_low")
     sex = pl.col("sex").replace_strict({"female": "GENDER//F", "male": "GENDER//M"}, default=None)
     mortality = pl.col("mortality")
@@ -249,6 +265,7 @@ def _write_metadata(store: EpisodeStore, stays: pl.DataFrame, used: set[str], ou
     if splits["_subject"].is_duplicated().any():
         raise StoreError(f"{store.path}: a subject is in two splits")
     theirs = {ours: theirs for theirs, ours in SPLITS.items()}
+    theirs |= _HELD_OUT.get(store.info.source, {})
     split_rows = splits.select(
         subject_id="_subject", split=pl.col("split").replace(theirs)
     ).to_arrow()

@@ -20,6 +20,7 @@ from training.dataset import (
     build_features,
     fit_preprocessing,
     open_sources,
+    origins,
     subsample,
 )
 from training.loop import RunFolder, Trainer, device
@@ -154,7 +155,7 @@ def pretrain(config: PretrainConfig) -> Network:
             "steps": trainer.step,
             "preprocessing_digest": network.preprocessing_digest,
             "vocabulary_digest": network.vocabulary.digest,
-            "licences": {source.name: source.store.info.licence for source in sources},
+            **origins(sources),
         }
     )
     return network

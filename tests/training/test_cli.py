@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import yaml
 
 from llm4ehr.store import EpisodeStore
 from training.cli import main
+from training.data import prepare as prepare_module
+from training.data.prepare import prepare
+from training.data.sources import SourceError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -51,6 +55,70 @@ def test_prepare_refuses_what_it_cannot_read_or_would_overwrite(
     assert not (tmp_path / "out").exists()
     where = ("--source", source, "--out", store_2012)
     assert str(store_2012) in failed(capsys, "prepare", "physionet2012", *where)
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """A unit's own tables of ten stays."""
+    folder = tmp_path / "unit"
+    folder.mkdir()
+    stays = [f"s{i},p{i},48,no," for i in range(9)] + ["s9,p9,48,yes,48"]
+    seen = [f"s{i},hr,{h},{70 + i},/min" for i in range(10) for h in (1, 2)]
+    for name, rows in (
+        ("stays", ["episode_id,subject_id,end_hours,mortality,death_hours", *stays]),
+        ("observations", ["episode_id,variable,hours,value,unit", *seen]),
+    ):
+        (folder / f"{name}.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_own_data_are_given_a_name(
+    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    infos = {}
+    for name in (None, "unit-7"):
+        out = tmp_path / f"store-{name}"
+        where = ["prepare", "table", "--source", str(tables), "--out", str(out)]
+        assert main([*where, *(["--name", name] if name else [])]) == 0
+        infos[name] = EpisodeStore.open(out, verify=True).info
+        assert json.loads((out / "report.json").read_text())["description"]["source"] == (
+            name or "table"
+        )
+    assert infos[None].source == "table"
+    assert infos["unit-7"] == replace(infos[None], source="unit-7")
+    where_to = ("--source", tables, "--out", tmp_path / "no")
+    for name in ("Unit", "unit 7", "-unit", "a/b", "", "unit\n"):
+        message = failed(capsys, "prepare", "table", *where_to, f"--name={name}")
+        assert "letter or digit first" in message
+    for name in ("physionet2012", "meds"):
+        message = failed(capsys, "prepare", "table", *where_to, "--name", name)
+        assert f"name {name!r}: that is the name of another data set" in message
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_published_data_set_keeps_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The ban on training with set C of 2012 hangs on the name.
+    for dataset in ("physionet2012", "physionet2019"):
+        where = ("--source", FIXTURES / dataset, "--out", tmp_path / dataset)
+        for name in ("mine", dataset):
+            message = failed(capsys, "prepare", dataset, *where, "--name", name)
+            assert f"{dataset} keeps its name" in message
+        assert not (tmp_path / dataset).exists()
+
+
+def test_work_of_another_name_is_not_gone_on_with(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "check", lambda *_: ["stopped"])
+    mark = tmp_path / "out.work" / "mark"
+    for name, kept in (("a", False), ("a", True), ("b", False), (None, False), (None, True)):
+        was = mark.exists()
+        with pytest.raises(SourceError, match="stopped"):
+            prepare("table", tables, tmp_path / "out", name=name, progress=False)
+        assert (was and mark.exists()) == kept
+        mark.touch()
 
 
 def test_pretrain_and_finetune_from_files(

@@ -85,6 +85,24 @@ def test_a_wrong_key_or_value_is_named_with_the_file(
     assert key in error_of(tmp_path, body)
 
 
+@pytest.mark.parametrize("base", [PRETRAIN, FINETUNE])
+@pytest.mark.parametrize(
+    ("n_folds", "fold", "fits"),
+    [(5, 99, False), (5, 5, False), (5, -1, False), (1, 0, False),
+     (5, 4, True), (5, 0, True), (2, 1, True), (1, None, True)],
+)  # fmt: skip
+def test_the_fold_held_out_is_one_of_the_folds(
+    base: dict[str, Any], n_folds: int, fold: int | None, fits: bool, tmp_path: Path
+) -> None:
+    kind = PretrainConfig if base is PRETRAIN else FinetuneConfig
+    body = base | {"data": base["data"] | {"n_folds": n_folds, "validation_fold": fold}}
+    if fits:
+        assert load_config(kind, write(tmp_path, body)).data.validation_fold == fold
+    else:
+        message = error_of(tmp_path, body, kind=kind)
+        assert f"validation_fold {fold} of n_folds {n_folds}" in message
+
+
 def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
     message = error_of(tmp_path, PRETRAIN | {"one": 1, "optim": {"two": 2}})
     assert "one" in message

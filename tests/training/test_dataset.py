@@ -21,7 +21,7 @@ from llm4ehr.episode import (
     preprocessing_digest,
 )
 from llm4ehr.store import CodeInfo, EpisodeRecord, Outcome, StoreInfo, StoreWriter
-from llm4ehr.variables import VARIABLE_INDEX
+from llm4ehr.variables import VARIABLE_INDEX, VARIABLES
 from llm4ehr.vocabulary import Vocabulary
 from training import dataset
 from training.config import PreprocessingOptions, SourceConfig
@@ -43,13 +43,17 @@ SPLITS = ("a", "a", "a", "b", "b", "c")
 
 
 def write_store(
-    path: Path, episodes: Sequence[Episode], vocabulary: Vocabulary, source: str = "made up"
+    path: Path,
+    episodes: Sequence[Episode],
+    vocabulary: Vocabulary,
+    source: str = "made up",
+    licence: str = "none",
 ) -> Path:
     """Every second stay is of the same patient as the one before."""
     codes = {e.code: CodeInfo(e.descriptor, e.unit) for e in vocabulary.entries}
     codes["LOCAL/rare"] = CodeInfo("a rare code", None)
     info = StoreInfo(
-        source=source, licence="none", citation="nobody", created_by="a test", label_notes={}
+        source=source, licence=licence, citation="nobody", created_by="a test", label_notes={}
     )
     with StoreWriter(path, info, codes=codes, episodes_per_group=2) as writer:
         for i, episode in enumerate(episodes):
@@ -147,6 +151,44 @@ def test_a_large_source_gives_a_fixed_part(store: Path, stays: list[Episode]) ->
     assert parts[0] < parts[1] < parts[2] < whole
 
 
+def test_two_stores_of_one_name_are_refused(
+    store: Path, stays: list[Episode], vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    others = {
+        "other stays": write_store(tmp_path / "fewer", stays[:4], vocabulary),
+        "other terms": write_store(tmp_path / "terms", stays, vocabulary, licence="ODbL-1.0"),
+    }
+    for other in others.values():
+        sources = [SourceConfig(store=s, splits=("a",)) for s in (store, other)]
+        for training in (True, False):
+            with pytest.raises(ValueError, match="different stores of one name, 'made up'") as e:
+                open_sources(sources, training=training)
+            assert str(store) in str(e.value)
+            assert str(other) in str(e.value)
+    named = write_store(tmp_path / "named", stays[:4], vocabulary, source="unit-7")
+    sources = [SourceConfig(store=s, splits=("a",)) for s in (store, named)]
+    assert [s.name for s in open_sources(sources, training=True)] == ["made up", "unit-7"]
+
+
+def test_the_same_stays_are_not_read_twice(
+    store: Path, stays: list[Episode], vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    def pair(other: Path, *splits: str) -> list[SourceConfig]:
+        return [
+            SourceConfig(store=store, splits=("a",)),
+            SourceConfig(store=other, splits=splits, labels=("mortality",)),
+        ]
+
+    copy = write_store(tmp_path / "copy", stays, vocabulary)
+    for same in (store, copy):
+        assert len(open_sources(pair(same, "b"), training=True)) == 2
+        with pytest.raises(ValueError, match="3 stays would be read twice"):
+            open_sources(pair(same, "a", "b"), training=True)
+    named = write_store(tmp_path / "named", stays, vocabulary, source="unit-7")
+    with pytest.raises(ValueError, match="the same stays under two names"):
+        open_sources(pair(named, "b"), training=True)
+
+
 def test_a_split_of_that_name_elsewhere_is_no_leak(store: Path) -> None:
     assert opened(store, "c")[0].episode_ids == {"stay-005"}
 
@@ -213,7 +255,17 @@ def test_a_variable_never_or_always_equally_measured_keeps_a_harmless_scale(
     made, fitted = fit_preprocessing(opened(store, "a"), PreprocessingOptions(), max_codes=512)
     hr = VARIABLE_INDEX["hr"]
     assert (made.mean[hr], made.std[hr]) == (80, 1)
-    assert set(made.std) == {1.0}
+    for v, variable in enumerate(VARIABLES):
+        if v != hr:
+            assert made.mean[v] == variable.normal
+            assert made.std[v] == (variable.plausible_high - variable.plausible_low) / 8
+    # What is imputed for them says nothing, and what another source measures is not cut off.
+    series = featurise(episode, fitted, made, episode.n_hours).series
+    assert not np.delete(series[:, : len(VARIABLES)], hr, axis=1).any()
+    measured = make_episode([("glucose", 1, 250), ("ph", 1, 7.2)])
+    series = featurise(measured, fitted, made, 3).series
+    for name in ("glucose", "ph"):
+        assert 0 < abs(series[2, VARIABLE_INDEX[name]]) < made.clip
     # Before admission nothing happened that the model could see.
     assert [(e.code, e.n) for e in fitted.entries] == [("LOINC/2160-0", 2)]
     _, none = fit_preprocessing(opened(store, "a"), PreprocessingOptions(), max_codes=0)
@@ -351,6 +403,17 @@ def test_features_are_made_once(
         assert len(list(tmp_path.iterdir())) == n
     build("a")
     assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_features_belong_to_the_name_of_the_store(
+    store: Path, stays: list[Episode], preprocessing: Preprocessing, vocabulary: Vocabulary,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    named = write_store(tmp_path / "store", stays, vocabulary, source="unit-7")
+    for path, name in ((store, "made up"), (named, "unit-7")):
+        made = build_features(opened(path, "a"), preprocessing, vocabulary, tmp_path / "cache")
+        assert set(made.sources) == {name}
+        assert made.subjects == [f"{name}/p0", f"{name}/p0"]
 
 
 @given(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from training.config import FinetuneConfig
 from training.crossvalidate import crossvalidate
 from training.data.phenotypes import PHENOTYPES
 from training.evaluate import evaluate, load_scorer
-from training.export import export
+from training.export import DataSet, export
 from training.finetune import finetune
 from training.metrics import auroc, macro
 
@@ -195,12 +196,162 @@ def test_a_bundle_knows_its_phenotypes(tuned: Path, icu_store: Path, tmp_path: P
         assert text in card, text
 
 
-def test_stays_of_all_stores_are_crossvalidated(config: Config, tmp_path: Path) -> None:
+def card_of(run: Path, tmp_path: Path, version: int) -> str:
+    export(run, tmp_path, "four", version)
+    return load_bundle(tmp_path, "four", version).card
+
+
+def test_the_card_cites_the_data_under_their_licences(tuned: Path, tmp_path: Path) -> None:
+    card = card_of(tuned, tmp_path, 1)
+    section = card.partition("## Licences of the data")[2].partition("##")[0]
+    for name, licence, address, author in (
+        ("physionet2012", "ODC-By-1.0", "https://opendatacommons.org/licenses/by/1-0/", "Silva I"),
+        ("physionet2019", "CC-BY-4.0", "https://creativecommons.org/licenses/by/4.0/", "Reyna MA"),
+        ("mimic3", "ODbL-1.0", "https://opendatacommons.org/licenses/odbl/1-0/", "nobody"),
+    ):
+        assert section.count(f"- {name}: {licence} (<{address}>). {author}") == 1
+    assert "Contains information from mimic3, which is made available under the Open" in section
+    provenance = load_bundle(tmp_path, "four", 1).metrics["provenance"]
+    assert [of["name"] for of in provenance["data_sets"]] == [
+        "mimic3", "physionet2012", "physionet2019",
+    ]  # fmt: skip
+    assert all(of["licence"] and of["citation"] for of in provenance["data_sets"])
+
+
+def test_the_card_of_an_older_run_takes_citations_from_its_stores(
+    tuned: Path, icu_store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tuned, run)
+    result, pretraining = read(run / "result.json"), read(run / "pretrained.json")
+    for older in (result, pretraining["result"]):
+        del older["citations"], older["stores"]
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "pretrained.json").write_text(json.dumps(pretraining))
+    assert card_of(run, tmp_path, 1) == card_of(tuned, tmp_path, 2).replace("n 2\n", "n 1\n", 1)
+    # Patients are counted as before.
+    assert evaluate(run, [icu_store], ["finetune"])["sources"][0]["patients_trained_on"] == 4
+
+    body = read(run / "finetune.json")
+    body["data"]["sources"][1]["store"] = str(tmp_path / "gone")
+    (run / "finetune.json").write_text(json.dumps(body))
+    card = card_of(run, tmp_path, 3)
+    assert card.count("No citation is recorded.") == 1
+    assert "/odbl/1-0/>). No citation is recorded." in card
+    assert "Silva I" in card
+
+
+def test_terms_of_one_name_do_not_overwrite_each_other(tuned: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tuned, run)
+    pretraining = read(run / "pretrained.json")
+    pretraining["result"]["licences"]["mimic3"] = "theirs"
+    pretraining["result"]["citations"]["mimic3"] = "somebody"
+    (run / "pretrained.json").write_text(json.dumps(pretraining))
+    card = card_of(run, tmp_path, 1)
+    assert "- mimic3: theirs. somebody\n" in card
+    assert "/odbl/1-0/>). nobody\n" in card
+    assert "Contains information from mimic3," in card
+
+
+@pytest.mark.parametrize(
+    ("licence", "shared"),
+    [("ODbL-1.0", True), ("ODBL", True), ("Open Data Commons Open Database Licence v1.0", True),
+     ("CC-BY-4.0", False), ("ODC-By-1.0", False), ("not stated", False)],
+)  # fmt: skip
+def test_the_open_database_license_is_recognised(licence: str, shared: bool) -> None:
+    assert DataSet("unit", licence, "").share_alike == shared
+
+
+# Names.
+
+
+def test_stores_of_one_name_are_not_evaluated_together(
+    tuned: Path, write_icu_store: Callable[..., Path], tmp_path: Path
+) -> None:
+    stores = [write_icu_store(tmp_path / str(i), source="meds", seed_of_test=i) for i in (0, 1)]
+    for pair, reason in ((stores, "one name, 'meds'"), (stores[:1] * 2, "read twice")):
+        with pytest.raises(ValueError, match=reason):
+            evaluate(tuned, pair, ["test"])
+
+
+def test_an_encoder_of_another_unnamed_store_is_refused(
+    config: Config, pretrained: Path, write_icu_store: Callable[..., Path], tmp_path: Path
+) -> None:
+    encoder = tmp_path / "pretrained"
+    shutil.copytree(pretrained, encoder)
+    result = read(encoder / "result.json")
+    result["stores"] |= dict.fromkeys(("meds", "unit-7", "mimic3"), "of other stays")
+    result["licences"] |= dict.fromkeys(("meds", "unit-7", "mimic3"), "ODbL-1.0")
+    (encoder / "result.json").write_text(json.dumps(result))
+
+    def run(source: str) -> Path:
+        store = write_icu_store(tmp_path / source, source=source)
+        data = {"sources": [{"store": store, "splits": ["pretrain"]}], "cache": tmp_path / "cache"}
+        optim = {"epochs": 1, "batch_size": 16}
+        path = tmp_path / "runs" / source
+        finetune(config(path, pretrained=encoder, data=data, optim=optim, tuning="linear"))
+        return path
+
+    with pytest.raises(ValueError, match="called 'meds' like another store"):
+        run("meds")
+    assert not (tmp_path / "runs" / "meds" / "result.json").exists()
+    # A name that was given, or that of a published data set, says that the data are the same.
+    for name in ("unit-7", "mimic3"):
+        assert list(read(run(name) / "result.json")["stores"]) == [name]
+
+
+def test_patients_of_another_unnamed_store_are_not_known(
+    config: Config, write_icu_store: Callable[..., Path], tmp_path: Path
+) -> None:
+    def trained_on(name: str) -> list[int | None]:
+        one, other = (
+            write_icu_store(tmp_path / f"{name}{i}", source=name, seed_of_test=i) for i in (0, 1)
+        )
+        data = {"sources": [{"store": one, "splits": ["pretrain"]}], "cache": tmp_path / "cache"}
+        run = tmp_path / "runs" / name
+        optim = {"epochs": 1, "batch_size": 16}
+        finetune(config(run, data=data, optim=optim, tuning="linear"))
+        return [
+            evaluate(run, [store], ["pretrain"])["sources"][0]["patients_trained_on"]
+            for store in (one, other)
+        ]
+
+    assert trained_on("table") == [12, None]
+    assert trained_on("unit-7") == [12, 12]
+
+
+def test_stays_of_all_stores_are_crossvalidated(
+    config: Config, icu_store: Path, store_2012: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    scored: list[str] = []
+
+    def counted(network: Any, episodes: list[Any]) -> Any:
+        scored.extend(e.episode_id for e in episodes)
+        return score_episodes(network, episodes)
+
+    monkeypatch.setattr(evaluation, "score_episodes", counted)
     optim = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}
     report = crossvalidate(config(tmp_path, optim=optim))
+    chosen = [
+        r.episode.episode_id
+        for store, splits in ((store_2012, {"a"}), (icu_store, {"pretrain", "finetune"}))
+        for r in EpisodeStore.open(store)
+        if r.split in splits
+    ]
+    assert sorted(scored) == sorted(chosen)
     # Every labelled stay of both stores is scored once; of 16 stays three were not coded.
     assert report["tasks"]["phenotyping"]["stays"] == 13
     assert read(tmp_path / "crossvalidation.json")["folds"] == 3
+
+
+def test_one_fold_cannot_be_crossvalidated(config: Config, tmp_path: Path) -> None:
+    whole = config(tmp_path)
+    data = whole.data.model_copy(update={"n_folds": 1, "validation_fold": None})
+    with pytest.raises(ValueError, match="at least 2"):
+        crossvalidate(whole.model_copy(update={"data": data}))
+    assert not (tmp_path / "fold0").exists()
 
 
 # The chain.

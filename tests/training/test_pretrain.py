@@ -77,6 +77,10 @@ def test_a_run_leaves_everything_behind(
     assert result["episodes"] == int(kept.sum())
     assert result["hours"] == int(features.lengths[kept].sum())
     assert result["preprocessing_digest"] == network.preprocessing_digest
+    assert result["licences"] == {"physionet2012": "ODC-By-1.0", "physionet2019": "CC-BY-4.0"}
+    assert "Silva I" in result["citations"]["physionet2012"]
+    assert "Reyna MA" in result["citations"]["physionet2019"]
+    assert {len(digest) for digest in result["stores"].values()} == {64}
     log = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, result["steps"] + 1))
     assert log[0].keys() >= {"loss", "nce", "omega", "recon", "grad_norm", "epoch"}

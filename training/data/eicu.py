@@ -8,7 +8,7 @@ All times of eICU are minutes since unit admission.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ import polars as pl
 from llm4ehr.store import StoreInfo
 from training.data import eicu_benchmark, eicu_events, eicu_observations
 from training.data.eicu_cohort import described, strict_stays, with_age
-from training.data.eicu_tables import BEDSIDE, KEY, OPTIONAL, find
+from training.data.eicu_tables import BEDSIDE, KEY, OPTIONAL, VARIABLE_TABLES, find
 from training.data.extraction import Cohort, Expected, Items, Scan
 from training.data.sources import SourceError, Tally, licence_of
 
@@ -45,14 +45,14 @@ _LABELS: Mapping[Profile, Mapping[str, str]] = {
         "mortality": _MORTALITY.format("A death in the unit counts if that is not known. ")
         + " Null if the two contradict each other.",
         "decompensation": _DECOMPENSATION,
-        "length_of_stay": _REMAINING,
+        "remaining_los": _REMAINING,
         "phenotyping": "The first ICD-9 code of every diagnosis, ICD-10 where there is no other. "
         "Null for a stay without a code.",
     },
     "benchmark": {
         "mortality": _MORTALITY.format(""),
         "decompensation": _DECOMPENSATION,
-        "length_of_stay": _REMAINING,
+        "remaining_los": _REMAINING,
         "phenotyping": "The first code of diagnoses entered after admission, if it is an ICD-9 "
         "code. Null for a stay with none of the 25.",
     },
@@ -71,18 +71,6 @@ class EICU:
         if profile not in _LABELS:
             raise SourceError(f"eicu has no profile {profile!r}; known: strict, benchmark")
         self.limits = profile == "strict"
-        self.expected = Expected(
-            tasks=frozenset({"mortality", "decompensation", "remaining_los", "phenotyping"}),
-            published={} if self.limits else {"stays": eicu_benchmark.PUBLISHED_STAYS},
-        )
-        self.info = StoreInfo(
-            source="eicu",
-            licence=licence_of(source),
-            citation=_CITATION,
-            created_by="training.data.eicu",
-            label_notes=_LABELS[profile],
-            options={"profile": profile},
-        )
         patient = find(source, "patient")
         if patient is None:
             raise SourceError(f"{source}: no patient.csv or patient.csv.gz")
@@ -96,9 +84,32 @@ class EICU:
                     raise SourceError(f"{source}: no {name}, which the benchmark is made of")
         elif not any(name in self._tables for name in BEDSIDE):
             raise SourceError(f"{source}: none of {', '.join(BEDSIDE)}: no vital signs")
+        tasks = {"mortality", "decompensation", "remaining_los"}
+        if "diagnosis" in self._tables:
+            tasks.add("phenotyping")
+        self.expected = Expected(
+            absent_variables=frozenset(
+                variable
+                for variable, tables in VARIABLE_TABLES.items()
+                if not any(name in self._tables for name in tables)
+            ),
+            tasks=frozenset(tasks),
+            published={} if self.limits else {"stays": eicu_benchmark.PUBLISHED_STAYS},
+        )
+        self.info = StoreInfo(
+            source="eicu",
+            licence=licence_of(source),
+            citation=_CITATION,
+            created_by="training.data.eicu",
+            label_notes={task: note for task, note in _LABELS[profile].items() if task in tasks},
+            options={"profile": profile},
+        )
 
     def cohort(self, tally: Tally) -> Cohort:
-        """The stays. The benchmark profile passes over nurse charting and lab for this."""
+        """The stays. The benchmark profile passes over nurse charting and lab for this.
+
+        Both profiles pass over medication here, for the names of ingredients.
+        """
         for name in OPTIONAL:
             if name not in self._tables:
                 tally.refused[f"table-absent:{name}"] += 1
@@ -111,6 +122,7 @@ class EICU:
             stays, steps = strict_stays(patients)
         diagnosis = self._tables.get("diagnosis")
         diagnoses = None if diagnosis is None else diagnosis.read()
+        _ = self._ingredients  # now, for the bars of the scans leave no room for another
         return described(stays, steps, diagnoses, tally, benchmark=self._benchmark)
 
     def scans(self, cohort: Cohort) -> Sequence[Scan]:
@@ -131,15 +143,18 @@ class EICU:
         if self._benchmark:
             for name in ("vitalPeriodic", "vitalAperiodic", "respiratoryCharting", "physicalExam"):
                 del selects[name]
-        medication = self._tables.get("medication")
-        if medication is not None:
-            names = eicu_events.ingredient_names(medication)
-            selects["medication"] = partial(eicu_events.select_orders, names=names)
+        if self._ingredients is not None:
+            selects["medication"] = partial(eicu_events.select_orders, names=self._ingredients)
         return [
             Scan(name, self._tables[name], partial(_select, select, stays))
             for name, select in selects.items()
             if name in self._tables
         ]
+
+    @cached_property
+    def _ingredients(self) -> pl.DataFrame | None:
+        medication = self._tables.get("medication")
+        return None if medication is None else eicu_events.ingredient_names(medication)
 
     def assemble(
         self, stays: pl.DataFrame, items: Mapping[str, pl.DataFrame], tally: Tally

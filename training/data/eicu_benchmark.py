@@ -19,7 +19,7 @@ from training.data.eicu_observations import (
     charted_values,
     of_labs,
 )
-from training.data.eicu_tables import KEY, number
+from training.data.eicu_tables import KEY, number, whole
 from training.data.extraction import Step
 from training.data.sources import Tally
 
@@ -93,15 +93,15 @@ def observations(items: Mapping[str, pl.DataFrame], tally: Tally) -> pl.DataFram
 
 
 def _charted(charting: CsvTable) -> Iterator[pl.DataFrame]:
-    for chunk in charting.chunks():
-        rows = charted_items(chunk.frame, benchmark=True).drop_nulls("value")
+    for frame in whole(charting, "hours with nurse charting"):
+        rows = charted_items(frame, benchmark=True).drop_nulls("value")
         yield rows.select(KEY, minutes="nursingchartoffset")
 
 
 def _drawn(labs: CsvTable) -> Iterator[pl.DataFrame]:
-    for chunk in labs.chunks():
+    for frame in whole(labs, "hours with results"):
         value = pl.coalesce("labresult", number(pl.col("labresulttext")))
-        rows = chunk.frame.filter(pl.col("labname").is_in(LAB_VARIABLES), value.is_not_null())
+        rows = frame.filter(pl.col("labname").is_in(LAB_VARIABLES), value.is_not_null())
         yield rows.select(KEY, minutes="labresultoffset")
 
 

@@ -14,7 +14,7 @@ from training.data.codes import CODES
 from training.data.csv_table import CsvTable
 from training.data.eicu_drugs import drug_name
 from training.data.eicu_observations import LAB_VARIABLES
-from training.data.eicu_tables import count_early, hours, known_hours, number, of_cohort
+from training.data.eicu_tables import count_early, hours, known_hours, number, of_cohort, whole
 from training.data.sources import Tally
 from training.data.tables import load
 
@@ -99,10 +99,8 @@ def ingredient_names(medication: CsvTable) -> pl.DataFrame:
     not of patients.
     """
     counted = [
-        chunk.frame.drop_nulls(["drughiclseqno", "drugname"])
-        .group_by("drughiclseqno", "drugname")
-        .len()
-        for chunk in medication.chunks()
+        frame.drop_nulls(["drughiclseqno", "drugname"]).group_by("drughiclseqno", "drugname").len()
+        for frame in whole(medication, "names of ingredients")
     ]
     return (
         pl.concat(counted)

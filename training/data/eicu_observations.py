@@ -2,7 +2,8 @@
 
 `priority` 1 is what a service can tell for a fallback by its code: a cuff, a test strip. Of other
 sources with a value at the same minute the one of the lowest `rank` is taken: the bedside monitor,
-which is what a service receives, then the nurse, then a physician's note.
+which is what a service receives, then the nurse, then a physician's note. A value that cannot be
+true takes nobody's place, and neither does one that was known later.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 
 import polars as pl
 
+from training.data.cleaning import within_limits
 from training.data.eicu_tables import count_early, hours, known_hours, number, of_cohort
 from training.data.gcs import NORMAL, totals
 from training.data.sources import Tally
@@ -39,6 +41,7 @@ _OF_COMA_SCORE = {"GCS Total": "gcs_total", "Eyes": "eye", "Verbal": "verbal", "
 _BY_LABEL_TOO = {"Score (Glasgow Coma Scale)": "gcs_total"}
 _BY_NAME_TOO = {"Invasive BP Mean": "mbp_arterial", "Non-Invasive BP Mean": "mbp"}
 
+_HOTTEST = 45.0
 _FIO2_LABELS = ("FiO2", "FIO2 (%)", "O2 Percentage", "Set Fraction of Inspired Oxygen (FIO2)")
 LAB_VARIABLES: Mapping[str, tuple[str, int]] = {
     "glucose": ("glucose", 0),
@@ -169,11 +172,31 @@ def observations(items: Mapping[str, pl.DataFrame], tally: Tally) -> pl.DataFram
     found = pl.concat(
         make(items[name], tally).select(columns) for name, make in makers.items() if name in items
     )
-    same_minute = ("stay", "variable", "hours", "priority")
-    first = found.filter(pl.col("rank") == pl.col("rank").min().over(same_minute))
-    if len(first) < len(found):
-        tally.refused["second-source:observation"] += len(found) - len(first)
-    return first.select(OBSERVATION_COLUMNS)
+    return _without_second_source(found, tally).select(OBSERVATION_COLUMNS)
+
+
+def _without_second_source(found: pl.DataFrame, tally: Tally) -> pl.DataFrame:
+    """The observations but those of which another source has a value, known no later.
+
+    Of `found`, values that the cleaning refuses stay to be counted there.
+    """
+    found = found.with_row_index("row").with_columns(
+        known=pl.max_horizontal("hours", "available_hours")
+    )
+    true = within_limits(found, Tally())
+    same_minute = ["stay", "variable", "hours", "priority"]
+    by_rank = (
+        true.group_by(*same_minute, "rank")
+        .agg(first_known=pl.col("known").min())
+        .sort("rank")
+        .with_columns(rival=pl.col("first_known").cum_min().shift(1).over(same_minute))
+    )
+    second = true.join(by_rank, on=[*same_minute, "rank"]).filter(
+        pl.col("rival") <= pl.col("known")
+    )
+    if len(second):
+        tally.refused["second-source:observation"] += len(second)
+    return found.join(second, on="row", how="anti")
 
 
 def of_labs(labs: pl.DataFrame, tally: Tally) -> pl.DataFrame:
@@ -215,7 +238,12 @@ def charted_values(charted: pl.DataFrame) -> pl.DataFrame:
 
 def _of_charting(charted: pl.DataFrame, tally: Tally) -> pl.DataFrame:
     cuff = pl.col("item").is_in(("sbp", "dbp", "mbp"))
-    values = charted_values(charted).with_columns(
+    values = charted_values(charted)
+    # Beyond 45 degrees it would look like a value that is still in Fahrenheit.
+    too_hot = (pl.col("item") == "temp_fahrenheit") & (pl.col("value") > _HOTTEST)
+    if n := values.select(too_hot.sum()).item():
+        tally.refused["outside-limits:temp"] += n
+    values = values.filter(~too_hot).with_columns(
         priority=pl.when(cuff).then(1).otherwise(0).cast(pl.Int8),
         # Of a temperature in both units one was computed from the other.
         rank=pl.when(pl.col("item") == "temp_fahrenheit").then(2).otherwise(1).cast(pl.Int8),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from training.data.csv_table import CsvTable
 from training.data.sources import Tally
+from training.progress import progress_bar
 
 KEY = "patientunitstayid"
 
@@ -95,14 +97,52 @@ COLUMNS: Mapping[str, Mapping[str, type[pl.DataType]]] = {
     # Whether a treatment is active upon discharge is known at discharge only: never read.
     "treatment": {KEY: pl.Int32, "treatmentoffset": pl.Int32, "treatmentstring": pl.String},
 }
+# Never empty in the official files, so that an empty one is a damaged row.
+_REQUIRED: Mapping[str, Sequence[str]] = {
+    "patient": ("patienthealthsystemstayid", "uniquepid"),
+    "diagnosis": ("diagnosisoffset",),
+    "nurseCharting": ("nursingchartoffset", "nursingchartentryoffset"),
+    "vitalPeriodic": ("observationoffset",),
+    "vitalAperiodic": ("observationoffset",),
+    "lab": ("labresultoffset", "labname"),
+    "respiratoryCharting": ("respchartoffset", "respchartentryoffset", "respchartvaluelabel"),
+    "physicalExam": ("physicalexamoffset", "physicalexampath"),
+    "medication": ("drugorderoffset", "drugstartoffset", "drugordercancelled"),
+    "infusionDrug": ("infusionoffset",),
+    "treatment": ("treatmentoffset", "treatmentstring"),
+}
 OPTIONAL: Sequence[str] = tuple(name for name in COLUMNS if name != "patient")
 BEDSIDE: Sequence[str] = ("nurseCharting", "vitalPeriodic", "vitalAperiodic")
 """The tables with vital signs: an extraction needs one of them."""
 
+VARIABLE_TABLES: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("hr", "rr", "spo2", "temp"), ("nurseCharting", "vitalPeriodic")),
+    **dict.fromkeys(("sbp", "dbp", "mbp"), BEDSIDE),
+    **dict.fromkeys(("glucose", "ph"), ("lab",)),
+    "fio2": ("respiratoryCharting", "lab"),
+    "gcs_total": ("nurseCharting", "physicalExam"),
+}
+"""The tables that a variable may come from."""
+
 
 def find(folder: Path, name: str) -> CsvTable | None:
     """The table of that name in the folder; None if there is none. Raises SourceError."""
-    return CsvTable.find(folder, name, COLUMNS[name], required=(KEY,))
+    return CsvTable.find(folder, name, COLUMNS[name], required=(KEY, *_REQUIRED[name]))
+
+
+def whole(table: CsvTable, purpose: str) -> Iterator[pl.DataFrame]:
+    """A big table from front to back, for what must be known before it is scanned.
+
+    On a terminal a bar shows how far it is.
+    """
+    with progress_bar(disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task(purpose, total=table.size, note="")
+        rows = 0
+        for chunk in table.chunks():
+            yield chunk.frame
+            rows += len(chunk.frame)
+            bar.update(task, completed=chunk.bytes_read, note=f"{rows:,} rows")
+        bar.update(task, completed=table.size)
 
 
 def of_cohort(rows: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:

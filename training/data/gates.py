@@ -2,7 +2,8 @@
 
 A gate is a function that reads the report of a store (`training.data.report`) and what was expected
 of its source, and yields findings. Most findings fail the gate; a few only warn. A finding is a
-sentence that names a variable, a label or a number of patients, never a patient.
+sentence, without its full stop, that names a variable, a label or a number of patients, never a
+patient.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ def every_variable_observed(report: Mapping[str, Any], expected: Expected) -> It
     for variable in report["variables"]:
         name = variable["name"]
         if variable["hours_observed"] == 0 and name not in expected.absent_variables:
-            yield Finding(f"The variable {name} is not observed at any hour of any stay.")
+            yield Finding(f"The variable {name} is not observed at any hour of any stay")
         if variable["hours_observed"] and name in expected.absent_variables:
-            yield Finding(f"The variable {name} is observed, though the source has none.", False)
+            yield Finding(f"The variable {name} is observed, though the source has none", False)
 
 
 def every_task_labelled(report: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
@@ -103,31 +104,31 @@ def every_task_labelled(report: Mapping[str, Any], expected: Expected) -> Iterat
             yield from _two_classes(task, "hour", positive, instances["decompensation_negative"])
         elif task == "remaining_los":
             if outcomes["los_known"] == 0:
-                yield Finding("remaining_los: no stay has a length of stay.")
+                yield Finding("remaining_los: no stay has a length of stay")
         elif task == "phenotyping":
             yield from _phenotypes(report)
         else:
-            yield Finding(f"The task {task} is expected, but stores have no such label.")
+            yield Finding(f"The task {task} is expected, but stores have no such label")
 
 
 def _two_classes(task: str, unit: str, positive: int, negative: int) -> Iterator[Finding]:
     if positive + negative == 0:
-        yield Finding(f"{task}: no {unit} has a label.")
+        yield Finding(f"{task}: no {unit} has a label")
     elif positive == 0 or negative == 0:
         only = "negative" if positive == 0 else "positive"
-        yield Finding(f"{task}: all {positive + negative:,} labelled {unit}s are {only}.")
+        yield Finding(f"{task}: all {positive + negative:,} labelled {unit}s are {only}")
 
 
 def _phenotypes(report: Mapping[str, Any]) -> Iterator[Finding]:
     stays = report["labels"]["instances"]["all"]["phenotyping_stays"]
     if stays == 0:
-        yield Finding("phenotyping: no stay has phenotypes.")
+        yield Finding("phenotyping: no stay has phenotypes")
         return
     for phenotype in report["labels"]["phenotypes"]:
         if phenotype["stays"] in (0, stays):
             owners = "none" if phenotype["stays"] == 0 else "all"
             yield Finding(
-                f"phenotyping: {owners} of {stays:,} stays have “{phenotype['name']}”.",
+                f"phenotyping: {owners} of {stays:,} stays have “{phenotype['name']}”",
                 fails=stays >= PHENOTYPE_STAYS,
             )
 
@@ -137,7 +138,7 @@ def one_split_per_patient(report: Mapping[str, Any], expected: Expected) -> Iter
     for column, patients in report["splits"]["overlap"].items():
         if patients:
             stays = f"{_count(patients, 'patient')} with stays"
-            yield Finding(f"{stays} in more than one {column.replace('_', ' ')}.")
+            yield Finding(f"{stays} in more than one {column.replace('_', ' ')}")
 
 
 def nothing_before_birth(report: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
@@ -161,7 +162,7 @@ def _faults(report: Mapping[str, Any], fault: str, where: str) -> Iterator[Findi
         if found["fault"] == fault:
             rows = _count(found["rows"], "event" if found["item"] == "event" else "observation")
             of = "" if found["item"] == "event" else f" of {found['item']}"
-            yield Finding(f"{rows}{of} {where}, in {_count(found['patients'], 'patient')}.")
+            yield Finding(f"{rows}{of} {where}, in {_count(found['patients'], 'patient')}")
 
 
 def source_readable(report: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
@@ -172,7 +173,7 @@ def source_readable(report: Mapping[str, Any], expected: Expected) -> Iterator[F
     if rows > UNREADABLE_SHARE * seen:
         reasons = ", ".join(f"{r['reason']} {r['rows']:,}" for r in unreadable)
         yield Finding(
-            f"{rows:,} of {seen:,} rows ({_percent(rows, seen)}) could not be read: {reasons}."
+            f"{rows:,} of {seen:,} rows ({_percent(rows, seen)}) could not be read: {reasons}"
         )
     # A variable can be lost without being many rows of the whole.
     for variable in report["variables"]:
@@ -182,14 +183,14 @@ def source_readable(report: Mapping[str, Any], expected: Expected) -> Iterator[F
         usable = variable["values"] + lost
         if lost > UNREADABLE_SHARE * usable:
             share = _percent(lost, usable)
-            yield Finding(f"{lost:,} rows of {name} ({share}) could not be read.", fails=False)
+            yield Finding(f"{lost:,} rows of {name} ({share}) could not be read", fails=False)
 
 
 def published_figures_known(report: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
     """Every published figure is compared with one of the report."""
     for row in report["published"]:
         if row["ours"] is None:
-            yield Finding(f"The report has no figure for the published {row['figure']}.", False)
+            yield Finding(f"The report has no figure for the published {row['figure']}", False)
 
 
 def _percent(part: int, whole: int) -> str:

@@ -24,7 +24,7 @@ from training.data.cleaning import EVENT_COLUMNS, OBSERVATION_COLUMNS
 from training.data.csv_table import DType
 from training.data.extraction import Cohort, Expected, Items, Scan
 from training.data.meds_code_map import fits, load_code_map, shipped_code_map
-from training.data.meds_stays import find_stays, hours_since_admission
+from training.data.meds_stays import find_stays, hours_since_admission, labelled_tasks
 from training.data.parquet_table import ParquetTable
 from training.data.sources import SourceError, Tally
 from training.data.unit_conversion import with_canonical
@@ -106,7 +106,9 @@ class Meds:
         rows = pl.concat(_of_codes(chunk.frame, patterns) for chunk in self._table.chunks())
         rows = rows.select("subject_id", "time", "code", value=_decimal(self._number))
         splits = _splits(self._source / "metadata" / "subject_splits.parquet")
-        return find_stays(rows, self._map.stays, splits, tally)
+        cohort = find_stays(rows, self._map.stays, splits, tally)
+        self.expected = replace(self.expected, tasks=labelled_tasks(cohort.stays))
+        return cohort
 
     def scans(self, cohort: Cohort) -> Sequence[Scan]:
         """One pass over the events."""

@@ -12,13 +12,10 @@ from training.data.phenotypes import phenotypes
 from training.data.sources import Tally
 
 SPLITS = {"train": "pretrain", "tuning": "finetune", "held_out": "test"}
-"""Split of MEDS -> split of ours: what is held out is never trained on."""
+"""Split of MEDS -> split of ours. Subjects of any other are for testing: it may be held out too."""
 
 MAX_HOURS = 32_767.0  # as many as the store counts: 3.7 years
 DAYS_PER_YEAR = 365.2425
-_STATICS_HOURS = 24.0
-"""Height and weight count if they are charted in the hospital stay before this hour of the ICU."""
-
 _OF = "subject_id"
 
 
@@ -59,6 +56,7 @@ def find_stays(
 
     stays = _hospital_stay(stays, timed(codes.hospital_admission), timed(codes.hospital_discharge))
     stays = _with_death(stays, timed(codes.death), codes, tally)
+    stays = _until_death(stays)
     stays = _with_statics(stays, of, codes)
     stays = _with_phenotypes(stays, timed([*codes.icd9, *codes.icd10]), codes)
     stays = _with_splits(stays, splits)
@@ -75,6 +73,19 @@ def find_stays(
 def hours_since_admission(time: pl.Expr) -> pl.Expr:
     """Hours from the admission to the ICU, in `_admission`."""
     return (time - pl.col("_admission")).dt.total_microseconds() / 3.6e9
+
+
+def labelled_tasks(stays: pl.DataFrame) -> frozenset[str]:
+    """The tasks that a cohort has any label of, as far as its source tells."""
+    columns = {
+        "mortality": "mortality",
+        "decompensation": "death_hours_high",
+        "remaining_los": "los_hours",
+        "phenotyping": "phenotypes",
+    }
+    return frozenset(
+        task for task, column in columns.items() if stays[column].null_count() < len(stays)
+    )
 
 
 def _step(rule: str, stays: pl.DataFrame) -> Step:
@@ -104,10 +115,11 @@ def _first_after(
 def _hospital_stay(
     stays: pl.DataFrame, admissions: pl.DataFrame, discharges: pl.DataFrame
 ) -> pl.DataFrame:
-    """`stays` with the begin of the hospital stay and its end (null: not known).
+    """`stays` with the begin of the hospital stay, its end, and the begin of the next one.
 
-    Some sources know the day of a discharge only, and write midnight: so the first one from the day
-    of ICU discharge on is taken, but none from before the admission to hospital.
+    Null: not known. Some sources know the day of a discharge only, and write midnight: so the first
+    one from the day of ICU discharge on is taken, but none from before the admission to hospital.
+    Nor one from after the next admission to hospital: that ends another stay.
     """
     moves = pl.concat(
         [
@@ -128,29 +140,48 @@ def _hospital_stay(
         )
         .with_columns(_hospital_admission=pl.when("_in").then("_hospital_admission"))
     )
-    left = pl.coalesce("_discharge", "_record_end").dt.truncate("1d")
-    stays = stays.with_columns(_from=pl.max_horizontal(left, "_hospital_admission"))
-    return _first_after(stays, "_from", discharges, "_hospital_discharge", exact=True)
+    left = pl.coalesce("_discharge", "_record_end")
+    stays = stays.with_columns(
+        _left=left, _from=pl.max_horizontal(left.dt.truncate("1d"), "_hospital_admission")
+    )
+    stays = _first_after(stays, "_from", discharges, "_hospital_discharge", exact=True)
+    # Looked for from the end of the ICU stay on: some sources have the admission to hospital, by
+    # way of the emergency department, shortly after the one to the ICU.
+    stays = _first_after(stays, "_left", admissions, "_next_hospital_admission", exact=True)
+    other = pl.col("_hospital_discharge") > pl.col("_next_hospital_admission")
+    return stays.with_columns(
+        pl.when(~other.fill_null(value=False)).then(c).alias(c)
+        for c in ("_hospital_discharge", "_hospital_discharge_code")
+    )
 
 
 def _with_death(
     stays: pl.DataFrame, deaths: pl.DataFrame, codes: StayCodes, tally: Tally
 ) -> pl.DataFrame:
-    """`stays` with mortality and the interval of the time of death."""
+    """`stays` with mortality and the interval of the time of death.
+
+    A death after the next admission to hospital is none of this stay, whatever its discharge says.
+    Where only the day of a death is known, a discharge that says how it ended counts for more.
+    """
     stays = stays.with_columns(_day=pl.col("_admission").dt.truncate("1d"))
     stays = _first_after(stays, "_day", deaths, "_death", exact=True)
+    later = pl.col("_death") >= pl.col("_next_hospital_admission")
+    stays = stays.with_columns(_death=pl.when(~later.fill_null(value=False)).then("_death"))
+    day_only = pl.col("_death").dt.time() == pl.time(0, 0)
+    if not codes.midnight_is_a_day:
+        day_only = pl.lit(value=False)
     died = fits(pl.col("_hospital_discharge_code"), codes.died).fill_null(value=False)
     left = pl.coalesce("_hospital_discharge", "_discharge")
-    dead_by_then = (pl.col("_death") <= left).fill_null(value=False)
+    dead_by_then = pl.col("_death") <= left
+    if codes.died:
+        dead_by_then &= ~day_only | pl.col("_hospital_discharge").is_null()
+    dead_by_then = dead_by_then.fill_null(value=False)
     stays = stays.with_columns(
         mortality=pl.when(died | dead_by_then)
         .then(True)
         .when(pl.col("_hospital_discharge").is_not_null())
         .then(False)
     )
-    day_only = pl.col("_death").dt.time() == pl.time(0, 0)
-    if not codes.midnight_is_a_day:
-        day_only = pl.lit(value=False)
     death = pl.when(pl.col("mortality")).then(hours_since_admission(pl.col("_death")))
     high = pl.when(day_only).then(death + 24).otherwise(exact_death(death)[1])
     impossible = high <= 0
@@ -160,6 +191,18 @@ def _with_death(
     return stays.with_columns(
         death_hours_low=pl.when(~impossible).then(low),
         death_hours_high=pl.when(~impossible).then(high),
+        _exact=~day_only,
+    )
+
+
+def _until_death(stays: pl.DataFrame) -> pl.DataFrame:
+    """`stays` whose record and length of stay end at a death whose time is known."""
+    death = pl.when(pl.col("_exact") & (pl.col("death_hours_low") > 0)).then("death_hours_low")
+    return stays.with_columns(
+        end_hours=pl.min_horizontal("end_hours", death),
+        los_hours=pl.when(pl.col("los_hours").is_not_null()).then(
+            pl.min_horizontal("los_hours", death)
+        ),
     )
 
 
@@ -193,7 +236,7 @@ def _with_statics(
             .join(stays.select(_OF, "_k", "_admission", "_hospital_admission"), on=_OF)
             .filter(
                 pl.col("time") >= pl.coalesce("_hospital_admission", "_admission"),
-                hours <= _STATICS_HOURS,
+                hours <= 0,  # later ones are not known at admission
             )
             .sort("time", "value")
             .unique([_OF, "_k"], keep="first", maintain_order=True)
@@ -223,12 +266,17 @@ def _with_phenotypes(
 
 
 def _with_splits(stays: pl.DataFrame, splits: pl.DataFrame | None) -> pl.DataFrame:
-    """`stays` with the split of the data set as `benchmark_split`, and ours."""
+    """`stays` with the split of the data set as `benchmark_split`, and ours.
+
+    A subject of a split that we do not know is for testing; one that is in none has the split of
+    its hash.
+    """
     by_hash = split_by_subject("meds", stays[_OF].cast(pl.String))
     if splits is None:
         return stays.with_columns(by_hash, benchmark_split=pl.lit(None, pl.String))
     stays = stays.join(
         splits.rename({"split": "benchmark_split"}), on=_OF, how="left", maintain_order="left"
     )
-    theirs = stays["benchmark_split"].replace_strict(SPLITS, default=None, return_dtype=pl.String)
-    return stays.with_columns(split=theirs.fill_null(by_hash))
+    theirs = pl.col("benchmark_split")
+    known = theirs.replace_strict(SPLITS, default="test", return_dtype=pl.String)
+    return stays.with_columns(split=pl.when(theirs.is_null()).then(by_hash).otherwise(known))

@@ -16,7 +16,7 @@ import polars as pl
 from training.data import gcs
 from training.data.codes import CODES
 from training.data.mimic_units import in_usual_unit
-from training.data.sources import Tally
+from training.data.sources import SourceError, Tally
 from training.data.tables import load
 
 LAB_DELAY_HOURS: Mapping[str, float] = {"blood gas": 0.5, "other": 2.0}
@@ -32,8 +32,9 @@ COPY_HOURS = 1.5
 _SPECIMEN_TYPES = (50800, 52033)
 _PH, _SATURATION = 50820, 50817
 _ONE_MINUTE = 1 / 60 + 1e-6
-_TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 _COMPONENTS = {"gcs_eye": "eye", "gcs_verbal": "verbal", "gcs_motor": "motor"}
+# The best score of a component is that of a healthy patient.
+_BEST_SCORE = {variable: gcs.NORMAL[component] for variable, component in _COMPONENTS.items()}
 _OBSERVATION = ("stay", "variable", "hours", "available_hours", "value", "priority")
 _CHARTED = (*_OBSERVATION, "lab_copy")
 _EVENT = ("stay", "code", "hours", "available_hours", "value")
@@ -57,14 +58,10 @@ def _items(profile: str) -> pl.DataFrame:
     )
 
 
-def read_time(column: str) -> pl.Expr:
-    """A time of the source; null where it cannot be read."""
-    return pl.col(column).str.to_datetime(_TIME_FORMAT, strict=False)
-
-
-def hours_after(column: str, start: str) -> pl.Expr:
-    """Hours from one time column to another."""
-    return (pl.col(column) - pl.col(start)).dt.total_seconds() / 3600
+def check_lab_delay(delay: float | None) -> None:
+    """Raise SourceError unless `delay` is a number of hours, 0 or more, or None."""
+    if delay is not None and not delay >= 0:
+        raise SourceError(f"lab_delay is {delay}, but no result is known before its sample")
 
 
 def number(text: pl.Expr) -> pl.Expr:
@@ -105,6 +102,9 @@ def chart_observations(rows: pl.DataFrame, items: pl.DataFrame, tally: Tally) ->
     unread = pl.col("value").is_null() & pl.col("text").is_not_null()
     rows = refuse(rows, unread, "not-a-number", tally)
     rows = refuse(rows, pl.col("value").is_null(), "no-value", tally)
+    best = pl.col("variable").replace_strict(_BEST_SCORE, default=None, return_dtype=pl.Float64)
+    no_score = is_component & ~pl.col("value").is_between(1, best)
+    rows = refuse(rows, no_score, "outside-limits", tally)
     # A reading beyond 45 degrees would look like one that is still in Fahrenheit.
     rows = refuse(rows, pl.col("fahrenheit") & (pl.col("value") > 45), "outside-limits", tally)
     totals = _coma_scores(rows, tally)
@@ -131,15 +131,20 @@ def _coma_scores(rows: pl.DataFrame, tally: Tally) -> pl.DataFrame:
 
 
 def without_lab_copies(
-    charted: pl.DataFrame, laboratory: pl.DataFrame, tally: Tally
+    charted: pl.DataFrame, laboratory: pl.DataFrame, stays: pl.DataFrame, tally: Tally
 ) -> pl.DataFrame:
     """The charted observations that do not just repeat one of the laboratory, without `lab_copy`.
 
     A copy has the same variable and value within 90 minutes. The row of the laboratory is the
-    better one: its time is that of the sample.
+    better one: its time is that of the sample. But a sample from before admission, or with a result
+    after the end of the record (`stays`: stay, end_hours), is no observation: its copy stays.
     """
     value = pl.col("value").round(3).alias("_value")
-    results = laboratory.select("stay", "variable", "hours", value, _found=pl.lit(True))
+    known = pl.max_horizontal("hours", "available_hours")
+    kept = laboratory.join(stays.select("stay", "end_hours"), on="stay").filter(
+        pl.col("hours") >= 0, known <= pl.col("end_hours")
+    )
+    results = kept.select("stay", "variable", "hours", value, _found=pl.lit(True))
     matched = charted.with_columns(value).sort("hours").join_asof(
         results.sort("hours"),
         on="hours",

@@ -19,12 +19,11 @@ from training.data.mimic import (
     LAB_DELAY_HOURS,
     chart_items,
     chart_observations,
-    hours_after,
+    check_lab_delay,
     interval_events,
     lab_events,
     lab_observation_items,
     lab_observations,
-    read_time,
     with_lab_delay,
     with_specimen,
     without_lab_copies,
@@ -32,6 +31,7 @@ from training.data.mimic import (
 from training.data.mimic3_benchmark import benchmark_observations
 from training.data.mimic3_cohort import read_cohort, rows_of_stays
 from training.data.mimic3_published import PUBLISHED
+from training.data.mimic_times import count_unreadable, hours_after, read_time
 from training.data.sources import SourceError, Tally, licence_of
 
 Profile = Literal["strict", "benchmark"]
@@ -70,6 +70,9 @@ _ORDER_COLUMNS = {
     "rate": pl.Float64,
     "rateuom": pl.String,
 }
+# Never empty in the official files, so that an empty one is a damaged row.
+_RESULT_KEYS = ("subject_id", "itemid", "charttime")
+_ORDER_KEYS = ("subject_id", "itemid", "starttime", "endtime", "statusdescription")
 _LABEL_NOTES = {
     "mortality": (
         "Death in hospital: a DEATHTIME in ADMISSIONS, or a DOD between the dates of admission and "
@@ -109,18 +112,21 @@ class Mimic3:
         """
         if profile not in get_args(Profile):
             raise SourceError(f"mimic3 has no profile {profile!r}; it has strict and benchmark")
-        if lab_delay is not None and not lab_delay >= 0:
-            raise SourceError(f"lab_delay is {lab_delay}, but no result is known before its sample")
+        check_lab_delay(lab_delay)
         self._source = source
         self._benchmark = profile == "benchmark"
         self._lab_delay = 0.0 if self._benchmark and lab_delay is None else lab_delay
         self._chart_items = chart_items(profile)
         self._lab_items = lab_observation_items(profile)
-        self._charts = require(source, "CHARTEVENTS", _CHART_COLUMNS)
-        self._labs = require(source, "LABEVENTS", _LAB_COLUMNS)
-        self._inputs = require(source, "INPUTEVENTS_MV", _ORDER_COLUMNS)
+        self._charts = require(source, "CHARTEVENTS", _CHART_COLUMNS, required=_RESULT_KEYS)
+        self._labs = require(source, "LABEVENTS", _LAB_COLUMNS, required=_RESULT_KEYS)
+        self._inputs = require(source, "INPUTEVENTS_MV", _ORDER_COLUMNS, required=_ORDER_KEYS)
         self._procedures = require(
-            source, "PROCEDUREEVENTS_MV", _ORDER_COLUMNS, absent_ok=("rate", "rateuom", "amount")
+            source,
+            "PROCEDUREEVENTS_MV",
+            _ORDER_COLUMNS,
+            required=_ORDER_KEYS,
+            absent_ok=("rate", "rateuom", "amount"),
         )
         labels = require(source, "D_ITEMS", {"itemid": pl.Int32, "label": pl.String})
         self._labels = labels.read().drop_nulls()
@@ -175,7 +181,9 @@ class Mimic3:
             def select(chunk: pl.DataFrame, tally: Tally) -> pl.DataFrame:
                 rows = rows_of_stays(chunk, cohort, table, tally)
                 rows = _hours(rows, "starttime", table, tally)
+                text = rows
                 rows = rows.with_columns(read_time("endtime"))
+                count_unreadable(text, rows, ["endtime"], table, tally)
                 return rows.select(
                     "stay",
                     "itemid",
@@ -215,7 +223,7 @@ class Mimic3:
         else:
             measured, labs = lab_observations(labs, self._lab_items, tally)
             charted = chart_observations(charts, self._chart_items, tally)
-            charted = without_lab_copies(charted, measured, tally)
+            charted = without_lab_copies(charted, measured, stays, tally)
             observations = pl.concat([charted, measured])
         made = (
             lab_events(labs, self._lab_dictionary, tally),

@@ -11,7 +11,7 @@ import polars as pl
 
 from training.data.csv_table import require
 from training.data.extraction import Cohort, Step, exact_death, split_by_subject
-from training.data.mimic import hours_after, read_time
+from training.data.mimic_times import hours_after, timed_table
 from training.data.phenotypes import phenotypes
 from training.data.sources import Tally
 from training.data.tables import load
@@ -58,9 +58,9 @@ def read_cohort(source: Path, *, benchmark: bool, tally: Tally) -> Cohort:
     table = require(
         source, "ICUSTAYS", _STAY_COLUMNS, required=("subject_id", "hadm_id", "icustay_id")
     )
-    admissions = require(source, "ADMISSIONS", _ADMISSION_COLUMNS, required=("hadm_id",)).read()
-    patients = require(source, "PATIENTS", _PATIENT_COLUMNS, required=("subject_id",)).read()
-    stays = _times(table.read(), ["intime", "outtime"], "ICUSTAYS", tally)
+    admissions = require(source, "ADMISSIONS", _ADMISSION_COLUMNS, required=("hadm_id",))
+    patients = require(source, "PATIENTS", _PATIENT_COLUMNS, required=("subject_id",))
+    stays = timed_table(table, "ICUSTAYS", tally, times=("intime", "outtime"))
     steps = [_step("all ICU stays", stays, 61532)]
 
     def keep(rule: str, kept: pl.DataFrame, published: int | None = None) -> pl.DataFrame:
@@ -75,8 +75,10 @@ def read_cohort(source: Path, *, benchmark: bool, tally: Tally) -> Cohort:
         ),
         55830,
     )
-    dates = _times(admissions, ["admittime", "dischtime", "deathtime"], "ADMISSIONS", tally)
-    people = _times(patients, ["dob", "dod"], "PATIENTS", tally)
+    dates = timed_table(
+        admissions, "ADMISSIONS", tally, times=("admittime", "dischtime", "deathtime")
+    )
+    people = timed_table(patients, "PATIENTS", tally, dates=("dob", "dod"))
     stays = keep(
         "admission and patient are known",
         stays.join(dates, on=["subject_id", "hadm_id"]).join(people, on="subject_id"),
@@ -122,15 +124,6 @@ def read_cohort(source: Path, *, benchmark: bool, tally: Tally) -> Cohort:
 
 def _step(rule: str, stays: pl.DataFrame, published: int | None) -> Step:
     return Step(rule, len(stays), stays["subject_id"].n_unique(), published)
-
-
-def _times(frame: pl.DataFrame, columns: list[str], table: str, tally: Tally) -> pl.DataFrame:
-    """The frame with its times read; those that cannot be read are counted and become null."""
-    read = frame.with_columns(read_time(c) for c in columns)
-    unreadable = sum(read[c].null_count() - frame[c].null_count() for c in columns)
-    if unreadable:
-        tally.refused[f"unreadable-time:{table}"] += unreadable
-    return read
 
 
 def _labels(stays: pl.DataFrame, *, benchmark: bool) -> pl.DataFrame:

@@ -17,6 +17,7 @@ from training.data import mimic
 from training.data.csv_table import CsvTable, require
 from training.data.extraction import Cohort, Expected, Items, Scan
 from training.data.mimic4_cohort import read_cohort
+from training.data.mimic_times import count_unreadable, hours_after, read_time
 from training.data.sources import Tally, licence_of
 from training.data.tables import load
 
@@ -46,6 +47,10 @@ _INTERVALS = {
     "linkorderid": _ID,
     "statusdescription": pl.String,
 }
+# Never empty in the official files, so that an empty one is a damaged row.
+_CHART_KEYS = ("stay_id", "itemid", "charttime")
+_LAB_KEYS = ("subject_id", "itemid", "charttime")
+_INTERVAL_KEYS = ("stay_id", "itemid", "starttime", "endtime")
 _INPUTS = _INTERVALS | {"amount": pl.Float64, "rate": pl.Float64, "rateuom": pl.String}
 
 
@@ -61,18 +66,21 @@ class Mimic4:
         """`lab_delay`: hours from a sample to its result where the source does not say when that
 
         was there; None: half an hour for blood gases, two hours for the rest. Raises SourceError if
-        a table is missing or its header does not fit.
+        a table is missing or its header does not fit, or the delay is negative.
         """
+        mimic.check_lab_delay(lab_delay)
         self._source = source
         self._lab_delay = lab_delay
         self._chart_items = mimic.chart_items("strict")
         self._lab_items = mimic.lab_observation_items("strict")
         icu, hosp = source / "icu", source / "hosp"
         self._tables = {
-            "chart": require(icu, "chartevents", _CHART),
-            "labs": require(hosp, "labevents", _LABS),
-            "inputs": require(icu, "inputevents", _INPUTS),
-            "procedures": require(icu, "procedureevents", _INTERVALS),
+            "chart": require(icu, "chartevents", _CHART, required=_CHART_KEYS),
+            "labs": require(hosp, "labevents", _LABS, required=_LAB_KEYS),
+            "inputs": require(icu, "inputevents", _INPUTS, required=_INTERVAL_KEYS),
+            "procedures": require(
+                icu, "procedureevents", _INTERVALS, required=(*_INTERVAL_KEYS, "statusdescription")
+            ),
         }
         self.info = StoreInfo(
             source="mimic4",
@@ -143,7 +151,7 @@ class Mimic4:
         labs = mimic.with_specimen(labs)
         measured, others = mimic.lab_observations(labs, self._lab_items, tally)
         charted = mimic.chart_observations(items["chart"], self._chart_items, tally)
-        charted = mimic.without_lab_copies(charted, measured, tally)
+        charted = mimic.without_lab_copies(charted, measured, stays, tally)
         made = [
             mimic.lab_events(others, dictionary, tally),
             mimic.interval_events(items["inputs"], self._labels, "INPUT", "inputevents", tally),
@@ -175,9 +183,11 @@ def _timed(rows: pl.DataFrame, column: str, table: str, tally: Tally) -> pl.Data
 
     One in twelve store times lies before the time that the value is of: then it was known at once.
     """
-    known = pl.max_horizontal(mimic.hours_after("storetime", "_intime"), "hours")
+    known = pl.max_horizontal(hours_after("storetime", "_intime"), "hours")
+    if untimed := rows[column].null_count():
+        tally.refused[f"untimed:{table}"] += untimed
     rows = _read_times(rows, (column, "storetime"), table, tally)
-    rows = rows.with_columns(hours=mimic.hours_after(column, "_intime"))
+    rows = rows.with_columns(hours=hours_after(column, "_intime"))
     return rows.with_columns(
         available_hours=pl.when(pl.col("storetime").is_not_null()).then(known)
     ).drop_nulls("hours")
@@ -193,8 +203,8 @@ def _intervals(rows: pl.DataFrame, stays: pl.DataFrame, table: str, tally: Tally
     return rows.select(
         "stay",
         "itemid",
-        start=mimic.hours_after("starttime", "_intime"),
-        end=mimic.hours_after("endtime", "_intime"),
+        start=hours_after("starttime", "_intime"),
+        end=hours_after("endtime", "_intime"),
         rate="rate",
         amount="amount",
         unit="rateuom",
@@ -208,7 +218,6 @@ def _intervals(rows: pl.DataFrame, stays: pl.DataFrame, table: str, tally: Tally
 def _read_times(
     rows: pl.DataFrame, columns: tuple[str, ...], table: str, tally: Tally
 ) -> pl.DataFrame:
-    read = rows.with_columns(mimic.read_time(c) for c in columns)
-    if unreadable := sum(read[c].null_count() - rows[c].null_count() for c in columns):
-        tally.refused[f"unreadable-time:{table}"] += unreadable
+    read = rows.with_columns(read_time(c) for c in columns)
+    count_unreadable(rows, read, columns, table, tally)
     return read

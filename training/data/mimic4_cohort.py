@@ -6,9 +6,9 @@ from pathlib import Path
 
 import polars as pl
 
-from training.data.csv_table import CsvTable, require
+from training.data.csv_table import require
 from training.data.extraction import Cohort, Step, exact_death, split_by_subject
-from training.data.mimic import hours_after, read_time
+from training.data.mimic_times import hours_after, timed_table
 from training.data.phenotypes import phenotypes
 from training.data.sources import Tally
 
@@ -51,16 +51,15 @@ def read_cohort(source: Path, tally: Tally) -> Cohort:
     Private columns: `_subject_id`, `_stay_id`, `_intime`. Raises SourceError if a table is missing
     or malformed.
     """
-    stays = _times(
-        require(source / "icu", "icustays", _STAYS, required=("subject_id", "stay_id", "intime")),
-        ("intime", "outtime"),
-        tally,
+    table = require(
+        source / "icu", "icustays", _STAYS, required=("subject_id", "stay_id", "intime")
     )
+    stays = timed_table(table, "icustays", tally, times=("intime", "outtime"))
     hosp = source / "hosp"
-    admissions = _times(
-        require(hosp, "admissions", _ADMISSIONS, required=("hadm_id",)), ("deathtime",), tally
-    )
-    patients = require(hosp, "patients", _PATIENTS, required=("subject_id",)).read()
+    table = require(hosp, "admissions", _ADMISSIONS, required=("hadm_id",))
+    admissions = timed_table(table, "admissions", tally, times=("deathtime",))
+    table = require(hosp, "patients", _PATIENTS, required=("subject_id",))
+    patients = timed_table(table, "patients", tally, dates=("dod",))
     steps = [_step("all ICU stays", stays)]
 
     def keep(rule: str, kept: pl.DataFrame) -> pl.DataFrame:
@@ -132,7 +131,7 @@ def _outcomes(stays: pl.DataFrame, tally: Tally) -> pl.DataFrame:
             tally.repaired[reason] += n
     death = hours_after("deathtime", "intime")
     low, high = exact_death(death)
-    day = pl.col("dod").str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))
+    day = pl.col("dod").dt.truncate("1d")
     midnight = pl.when(flagged & ~timed).then((day - pl.col("intime")).dt.total_seconds() / 3600)
     return stays.with_columns(
         mortality=(flagged | timed).fill_null(False),
@@ -146,12 +145,3 @@ def _phenotypes(hosp: Path) -> pl.DataFrame:
     """`hadm_id` and `phenotypes` of each coded admission."""
     diagnoses = require(hosp, "diagnoses_icd", _DIAGNOSES, required=("hadm_id",)).read()
     return phenotypes(diagnoses.rename({"hadm_id": "stay"})).rename({"stay": "hadm_id"})
-
-
-def _times(table: CsvTable, columns: tuple[str, ...], tally: Tally) -> pl.DataFrame:
-    """The whole table with its times read; those that cannot be read are counted, and null."""
-    frame = table.read()
-    read = frame.with_columns(read_time(c) for c in columns)
-    if unreadable := sum(read[c].null_count() - frame[c].null_count() for c in columns):
-        tally.refused[f"unreadable-time:{table.path.name.partition('.')[0]}"] += unreadable
-    return read

@@ -38,6 +38,7 @@ JSON_FILE = "report.json"
 HTML_FILE = "report.html"
 TOP_CODES = 30
 _SPLITS = ("split", "benchmark_split")
+_NO_ROWS = ("table-absent",)  # reasons that count something else
 
 
 def build_report(store: Path, waterfall: Sequence[Step], expected: Expected) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def _labels(stays: pl.DataFrame, counted: LabelCounts, group: str) -> dict[str, 
 
 def _refused(info: StoreInfo) -> dict[str, Any]:
     """Rows that were left out, by reason; shares are of all rows that were looked at."""
-    refused = sum(info.refused.values())
+    refused = sum(n for key, n in info.refused.items() if not key.startswith(_NO_ROWS))
     seen = info.counts["observations"] + info.counts["events"] + refused
     by_reason: dict[str, list[dict[str, Any]]] = {}
     for key, rows in info.refused.items():
@@ -276,7 +277,7 @@ def _refused(info: StoreInfo) -> dict[str, Any]:
         {
             "reason": reason,
             "rows": (rows := sum(d["rows"] for d in details)),
-            "share": _ratio(rows, seen),
+            "share": None if reason in _NO_ROWS else _ratio(rows, seen),
             "unreadable": is_unreadable(reason),
             "details": sorted(details, key=lambda d: (-d["rows"], d["name"])),
         }

@@ -85,7 +85,8 @@ def scan_store(store: Path) -> Scanned:
             )
             observations = _items(_block(observation_file, k), stays, "variable")
             events = _items(_block(event_file, k), stays, "code")
-            hourly = hourly_values(observations)
+            seen = current(observations)
+            hourly = hourly_values(seen)
 
             variables.add(_variable_counts(observations, hourly))
             values.add(_value_counts(hourly, "variable", _VALUE_DIGITS))
@@ -98,9 +99,7 @@ def scan_store(store: Path) -> Scanned:
                 delays.add(_delays(items))
                 faults.add(_faults(items))
             first_hours.append(
-                observations.filter(pl.col("at") >= 0)
-                .group_by("episode_id")
-                .agg(first_hours=pl.min("at"))
+                seen.filter(pl.col("at") >= 0).group_by("episode_id").agg(first_hours=pl.min("at"))
             )
     return Scanned(
         variables=variables.frame,
@@ -113,9 +112,26 @@ def scan_store(store: Path) -> Scanned:
     )
 
 
+def current(observations: pl.DataFrame) -> pl.DataFrame:
+    """The observations that were not history when they became known.
+
+    The same rule as `llm4ehr.store_tables.records_from_tables`: of one stay, variable and priority,
+    in the order in which they became known, those whose time is not before the latest time of one
+    that was known by then.
+    """
+    kind = ("episode_id", "variable", "priority")
+    return (
+        observations.sort("at", "hours")
+        .with_columns(latest=pl.col("hours").cum_max().over(kind))
+        .filter(pl.col("hours") == pl.col("latest").max().over(*kind, "at"))
+        .drop("latest")
+    )
+
+
 def hourly_values(observations: pl.DataFrame) -> pl.DataFrame:
     """One value for each stay, variable and hour of the record, the one that a model would see.
 
+    `observations` are those that were current when they became known.
     The same rule as `llm4ehr.episode.hourly_grid`: hour t is [t, t + 1), and in it the best
     priority goes first, then the latest value; values of one time give their median.
     """

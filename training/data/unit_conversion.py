@@ -6,6 +6,7 @@ a table. A missing unit is inferred where only one can have produced the value, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -63,6 +64,12 @@ def with_canonical(frame: pl.DataFrame) -> pl.DataFrame:
     )
     frame = frame.join(of_pair, on=_PAIR, how="left", nulls_equal=True, maintain_order="left")
     return frame.join(canonical, on="_row", how="left", maintain_order="left").drop("_row")
+
+
+def variables_named(texts: Iterable[str | None]) -> set[str]:
+    """The variables that these names and codes stand for; those that stand for none are passed."""
+    plans = (_plan(text, None) for text in texts)
+    return {name for p in plans if (name := p.row[len(_PAIR)]) is not None}
 
 
 class _Plan(NamedTuple):

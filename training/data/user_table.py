@@ -8,9 +8,9 @@ them. Both readings apply the same rules (`user_table_check`, `user_table_items`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 
@@ -25,14 +25,16 @@ from training.data.extraction import (
     exact_death,
     split_by_subject,
 )
+from training.data.meds_stays import labelled_tasks
 from training.data.phenotypes import phenotypes
 from training.data.sources import SourceError, Tally
+from training.data.unit_conversion import variables_named
 from training.data.user_table_check import (
     FileReport,
     Report,
     check_diagnoses,
     check_stays,
-    has_zone,
+    with_moments,
 )
 from training.data.user_table_files import LAYOUTS, open_table
 from training.data.user_table_items import (
@@ -158,9 +160,7 @@ class UserTables:
     def _check(self, tally: Tally) -> tuple[Report, pl.DataFrame, pl.DataFrame]:
         """Report, sound stays as a cohort has them, and all rows of stays."""
         report = Report()
-        with self._rejected.open("wb") if self._rejected else nullcontext() as out:
-            if out is not None:
-                out.write(b"file,line,column,reason,message\n")
+        with _file_of_refused(self._rejected) as out:
 
             def note(name: str, n_rows: int, refused: pl.DataFrame) -> None:
                 table = self._files[name]
@@ -175,11 +175,11 @@ class UserTables:
             stays, rows = self._check_stays(note, tally)
             self._check_codes(note, tally)
             described: list[pl.DataFrame] = []
-            seen: set[str] = set()
+            named: set[str] = set()
             for chunk in self._chunks("observations"):
                 good, refused, _ = self._sift("observations", chunk)
                 note("observations", len(chunk), refused)
-                seen.update(good["variable"].unique())
+                named |= variables_named(chunk["variable"].unique())
             for chunk in self._chunks("events"):
                 good, refused, _ = self._sift("events", chunk)
                 note("events", len(chunk), refused)
@@ -194,8 +194,12 @@ class UserTables:
             self._codes = codes.select(
                 "code", "unit", descriptor=pl.coalesce("descriptor", "plain")
             )
-        self.expected = Expected(absent_variables=frozenset(VARIABLE_INDEX) - seen)
-        return report, _with_phenotypes(stays, coded), rows
+        stays = _with_phenotypes(stays, coded)
+        # A variable that the file names but that no row can be used of is not absent but lost.
+        self.expected = Expected(
+            absent_variables=frozenset(VARIABLE_INDEX) - named, tasks=labelled_tasks(stays)
+        )
+        return report, stays, rows
 
     def _chunks(self, name: str) -> Iterator[pl.DataFrame]:
         table = self._files[name]
@@ -206,10 +210,9 @@ class UserTables:
         assert table is not None
         rows = table.read()
         if table.moments:
-            given = rows.filter(pl.col("admission_time").is_not_null())
-            self._zoned = bool(
-                given.head(1).select(has_zone(pl.col("admission_time")).any()).item()
-            )
+            times = with_moments(rows.select("admission_time"), ["admission_time"])
+            readable = times.filter(pl.col("_admission_time_at").is_not_null())
+            self._zoned = bool(readable["_admission_time_zone"].head(1).any())
         stays, refused = check_stays(rows, moments=table.moments, zoned=self._zoned)
         note("stays", len(rows), refused)
         _count("stays", refused, tally)
@@ -245,6 +248,22 @@ def check(source: Path, rejected: Path | None = None) -> Report:
     file that cannot be read as a table of its layout at all.
     """
     return UserTables(source, rejected=rejected).check()
+
+
+@contextmanager
+def _file_of_refused(path: Path | None) -> Iterator[IO[bytes] | None]:
+    """The file `path` with its header, None without one. It is removed if no row gets there."""
+    if path is None:
+        yield None
+        return
+    header = b"file,line,column,reason,message\n"
+    try:
+        with path.open("wb") as out:
+            out.write(header)
+            yield out
+    finally:
+        if path.exists() and path.stat().st_size == len(header):
+            path.unlink()
 
 
 def _as_cohort(stays: pl.DataFrame, tally: Tally) -> pl.DataFrame:

@@ -24,8 +24,9 @@ MAX_HOURS = float(np.iinfo(np.int16).max)
 _FIRST_LINES = 5  # of the refused rows of a file that a message names
 
 _US_PER_HOUR = 3.6e9
-_ZONE = r"(Z|UTC|[+-]\d\d:?\d\d)$"
-_TIME = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,9})?)?(?: ?(?:Z|UTC|[+-]\d\d:?\d\d))?$"
+_OFFSET = r"(?:Z|UTC|[+-](?:0\d|1[0-4]):?[0-5]\d)"  # none on earth is more than 14 hours
+_ZONE = rf"({_OFFSET})$"
+_TIME = rf"^\d{{4}}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.]\d{{1,9}})?)?(?: ?{_OFFSET})?$"
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 _SEX = {"female": "female", "f": "female", "male": "male", "m": "male"}
 _NO_SEX = ("other", "unknown")  # the store knows two, and null
@@ -250,6 +251,15 @@ def check_stays(
         is_one_of("unit_type", UNIT_TYPES),
         is_one_of("mortality", (*_TRUE, *_FALSE)),
     ]
+    died = pl.col("mortality").str.to_lowercase().is_in(_TRUE).fill_null(value=False)
+    rules.append(
+        Rule(
+            "mortality",
+            "contradiction",
+            "the death is not after the end of the record, but mortality is not true",
+            (death <= end) & ~died,
+        )
+    )
     if frame["split"].null_count() < len(frame):
         first = pl.col("split").drop_nulls().first().over("subject_id")
         other = pl.col("split") != first

@@ -23,7 +23,9 @@ from training.data.eicu_drugs import drug_name
 from training.data.eicu_events import lab_codes
 from training.data.eicu_tables import COLUMNS
 from training.data.extraction import Cohort, Items
+from training.data.prepare import prepare
 from training.data.sources import SourceError, Tally
+from training.progress import progress_bar
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -322,6 +324,92 @@ def test_the_monitor_goes_before_nurse_charting(source: Path) -> None:
     assert found.observed("hr") == [(60, None, 81, 0), (61, None, 83, 0)]
     assert found.observed("temp") == [(60, None, 37, 0)]  # Fahrenheit, mended by its range
     assert found.tally.refused["second-source:observation"] == 3
+
+
+def test_a_value_that_cannot_be_true_takes_no_place(source: Path) -> None:
+    impossible = {"heartrate": 0, "sao2": 120, "temperature": 60}
+    write(source, "vitalPeriodic", [at("observationoffset", 60, **impossible)])
+    write(
+        source,
+        "nurseCharting",
+        [
+            charted(60, "Heart Rate", "Heart Rate", "80"),
+            charted(60, "O2 Saturation", "O2 Saturation", "97"),
+            charted(60, "Temperature", "Temperature (C)", "98"),  # Fahrenheit, and can be true
+            charted(60, "Temperature", "Temperature (F)", "98.6"),
+        ],
+    )
+    found = extract(source)
+    assert found.observed("hr") == [(60, None, 80, 0)]
+    assert found.observed("spo2") == [(60, None, 97, 0)]
+    assert found.observed("temp") == [(60, None, round(66 * 5 / 9, 6), 0)]
+    assert found.tally.refused["zero:hr"] == 1
+    assert found.tally.refused["outside-limits:spo2"] == 1
+    assert found.tally.refused["outside-limits:temp"] == 1
+    assert found.tally.refused["second-source:observation"] == 1
+
+
+def test_fahrenheit_is_converted_once(source: Path) -> None:
+    rows = [charted(60, "Temperature", "Temperature (F)", "190")]
+    write(source, "nurseCharting", [*rows, charted(90, "Temperature", "Temperature (F)", "104")])
+    found = extract(source)
+    assert found.observed("temp") == [(90, None, 40, 0)]
+    assert found.tally.refused["outside-limits:temp"] == 1
+    assert found.tally.repaired["fahrenheit:temp"] == 0
+
+
+def test_a_value_known_later_takes_no_place(source: Path) -> None:
+    named = {"respchartvaluelabel": "FiO2", "respchartvalue": "40"}
+    entered = [(60, 600), (120, 125), (180, 3001)]
+    rows = [at("respchartoffset", m, respchartentryoffset=e, **named) for m, e in entered]
+    write(source, "respiratoryCharting", rows)
+    write(source, "lab", [drawn(m, "FiO2", 50, labresultrevisedoffset=m + 5) for m, _ in entered])
+    found = extract(source)
+    assert found.observed("fio2") == [
+        (60, 600, 0.4, 0),
+        (60, 65, 0.5, 0),
+        (120, 125, 0.4, 0),
+        (180, 185, 0.5, 0),  # the other was entered after the end
+    ]
+    assert found.tally.refused["second-source:observation"] == 1
+    assert found.tally.refused["after-end:observation"] == 1
+
+
+_known = st.tuples(
+    st.sampled_from(["charted", "monitor", "total", "component"]),
+    st.integers(0, 2),
+    st.integers(0, 5),
+    st.sampled_from([0, 3, 15, 80, 400]),
+)
+
+
+@settings(max_examples=30)
+@given(st.lists(_known, max_size=12))
+def test_every_minute_keeps_its_best_value_at_each_time_it_was_known(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, int, int, int]]
+) -> None:
+    """Whenever a possible value of a source was known, one of a source as good is kept."""
+    source = tmp_path_factory.mktemp("eicu")
+    write(source, "patient", [patient(1)])
+    monitor = [at("observationoffset", m, heartrate=v) for s, m, _, v in rows if s == "monitor"]
+    write(source, "vitalPeriodic", monitor)
+    names = {
+        "charted": ("Heart Rate", "Heart Rate"),
+        "total": (GCS, "GCS Total"),
+        "component": (GCS, "Motor"),
+    }
+    charts = [charted(m, *names[s], v, entered=m + e) for s, m, e, v in rows if s in names]
+    write(source, "nurseCharting", charts)
+    found = extract(source)
+    kept = [(m, known or m) for m, known, *_ in found.observed("hr")]
+    for kind, minute, later, value in rows:
+        if kind in ("charted", "monitor") and 0 < value <= 350:
+            known = minute + later if kind == "charted" else minute
+            assert any(m == minute and k <= known for m, k in kept)
+    totals = [(m, known or m) for m, known, *_ in found.observed("gcs_total")]
+    for kind, minute, later, value in rows:
+        if kind == "total" and 3 <= value <= 15:
+            assert any(m == minute and k <= minute + later for m, k in totals)
 
 
 def test_oxygen(source: Path) -> None:
@@ -631,6 +719,107 @@ def test_absent_tables_are_reported(source: Path) -> None:
     assert absent == {f"table-absent:{t}" for t in COLUMNS if t not in ("patient", "vitalPeriodic")}
     assert found.observed("hr") == [(5, None, 80, 0)]
     assert found.items.events.is_empty()
+
+
+@pytest.mark.parametrize(
+    ("absent", "variables", "tasks"),
+    [
+        (("diagnosis", "physicalExam"), {"gcs_total"}, {"phenotyping"}),
+        (("physicalExam", "lab"), {"gcs_total", "glucose", "ph"}, set()),
+        (("respiratoryCharting",), set(), set()),
+        (("respiratoryCharting", "lab"), {"fio2", "glucose", "ph"}, set()),
+        (("vitalPeriodic",), {"hr", "rr", "spo2", "temp"}, set()),
+        (("vitalAperiodic",), set(), set()),
+    ],
+)
+def test_absent_tables_fail_no_gate(
+    tmp_path: Path, absent: Sequence[str], variables: set[str], tasks: set[str]
+) -> None:
+    """The whole of `prepare` on three stays, one of which ended with death."""
+    source = tmp_path / "source"
+    source.mkdir()
+    died = {"unitdischargestatus": "Expired", "hospitaldischargestatus": "Expired"}
+    write(source, "patient", [patient(1, **died), patient(2), patient(3)])
+    vitals = {"heartrate": 80, "respiration": 18, "sao2": 97, "temperature": 37}
+    fio2 = {"respchartentryoffset": 60, "respchartvaluelabel": "FiO2", "respchartvalue": "40"}
+    pressure = ("noninvasivesystolic", 120), ("noninvasivediastolic", 60), ("noninvasivemean", 80)
+    arterial = ("systemicsystolic", 120), ("systemicdiastolic", 60), ("systemicmean", 80)
+    tables: dict[str, Rows] = {
+        "vitalPeriodic": [
+            at("observationoffset", 60, s, **vitals, **dict(arterial)) for s in (1, 2)
+        ],
+        "vitalAperiodic": [at("observationoffset", 60, s, **dict(pressure)) for s in (1, 2)],
+        "lab": [drawn(60, n, v) for n, v in (("glucose", 100), ("pH", 7.4), ("FiO2", 40))],
+        "respiratoryCharting": [at("respchartoffset", 60, **fio2)],
+        "physicalExam": [exam(60, "GCS", 14)],
+        "diagnosis": [at("diagnosisoffset", 10, s, icd9code="038.9, A41.9") for s in (1, 2)],
+    }
+    for name, rows in tables.items():
+        if name not in absent:
+            write(source, name, rows)
+    reader = EICU(source)
+    assert reader.expected.absent_variables == variables
+    assert {"mortality", "decompensation", "remaining_los", "phenotyping"} - tasks == (
+        reader.expected.tasks
+    )
+    assert reader.info.label_notes.keys() == reader.expected.tasks
+    info = prepare("eicu", source, tmp_path / "store", progress=False)
+    assert {k for k in info.refused if k.split(":")[1] in absent} == {
+        f"table-absent:{name}" for name in absent
+    }
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("nurseCharting", "nursingchartoffset"),
+        ("nurseCharting", "nursingchartentryoffset"),
+        ("vitalPeriodic", "observationoffset"),
+        ("vitalAperiodic", "observationoffset"),
+        ("lab", "labresultoffset"),
+        ("lab", "labname"),
+        ("respiratoryCharting", "respchartoffset"),
+        ("respiratoryCharting", "respchartentryoffset"),
+        ("respiratoryCharting", "respchartvaluelabel"),
+        ("physicalExam", "physicalexamoffset"),
+        ("physicalExam", "physicalexampath"),
+        ("medication", "drugorderoffset"),
+        ("medication", "drugstartoffset"),
+        ("medication", "drugordercancelled"),
+        ("infusionDrug", "infusionoffset"),
+        ("treatment", "treatmentoffset"),
+        ("treatment", "treatmentstring"),
+    ],
+)
+def test_a_row_without_a_key_is_damaged(source: Path, table: str, column: str) -> None:
+    row = dict.fromkeys(COLUMNS[table], 1)
+    write(source, table, [row, row | {column: ""}])
+    with pytest.raises(SourceError, match=rf"{table}\.csv: line 3: column '{column}' is empty"):
+        extract(source)
+
+
+def test_a_pass_before_the_scans_has_a_bar(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of ingredients, and in `cohort`: the bars of the scans leave no room for another."""
+    bars: list[Any] = []
+
+    def shown(**kwargs: Any) -> Any:
+        bars.append(progress_bar(disable=True))
+        return bars[-1]
+
+    monkeypatch.setattr("training.data.eicu_tables.progress_bar", shown)
+    write(source, "medication", [order(60, "Zofran", drughiclseqno=33598)])
+    EICU(source).cohort(Tally())
+    write(source, "lab", [drawn(60, "glucose", 100)])
+    write(source, "nurseCharting", [charted(60, "Heart Rate", "Heart Rate", "88")])
+    EICU(source, profile="benchmark").cohort(Tally())
+    tasks = [task for bar in bars for task in bar.tasks]
+    assert [task.description for task in tasks] == [
+        "names of ingredients",
+        "hours with nurse charting",
+        "hours with results",
+        "names of ingredients",
+    ]
+    assert all(task.completed == task.total > 0 for task in tasks)
 
 
 def test_store(source: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def _judge(
     store = write_store(folder / "store", stays, observations, events, refused=refused)
     report = build_report(store, (), expected)
     failures = check(report, store, expected)
+    assert not any(s.endswith(".") for s in failures)  # `prepare` joins them
     assert failures == [s for gate in report["gates"] for s in gate["failures"]]
     assert report["gates"] == judge(report, store, expected)
     for gate in report["gates"]:
@@ -58,7 +59,7 @@ def test_a_sound_store_passes(tmp_path: Path) -> None:
 def test_a_variable_without_a_value_fails(tmp_path: Path) -> None:
     without = [o for o in OBSERVATIONS if o[1] != "gcs_total"]
     failures, _ = _judge(tmp_path, observations=without)
-    assert failures == ["The variable gcs_total is not observed at any hour of any stay."]
+    assert failures == ["The variable gcs_total is not observed at any hour of any stay"]
 
 
 def test_a_variable_that_the_source_lacks_may_be_absent(tmp_path: Path) -> None:
@@ -66,13 +67,13 @@ def test_a_variable_that_the_source_lacks_may_be_absent(tmp_path: Path) -> None:
     without = [o for o in OBSERVATIONS if o[1] != "gcs_total"]
     failures, warnings = _judge(tmp_path, observations=without, expected=expected)
     assert failures == []
-    assert warnings == ["The variable hr is observed, though the source has none."]
+    assert warnings == ["The variable hr is observed, though the source has none"]
 
 
 def test_a_variable_only_after_the_record_fails(tmp_path: Path) -> None:
     late = [o if o[1] != "ph" else (o[0], "ph", 0.0, 10.0, 7.4) for o in OBSERVATIONS]
     failures, _ = _judge(tmp_path, observations=late)
-    assert failures == ["The variable ph is not observed at any hour of any stay."]
+    assert failures == ["The variable ph is not observed at any hour of any stay"]
 
 
 @pytest.mark.parametrize(
@@ -83,12 +84,12 @@ def test_a_variable_only_after_the_record_fails(tmp_path: Path) -> None:
             {"mortality": False, "death_hours_low": None, "death_hours_high": None},
             [
                 # Sample times 5 to 10, 5 to 9 and 5 to 9.
-                "decompensation: all 16 labelled hours are negative.",
-                "mortality: all 3 labelled stays are negative.",
+                "decompensation: all 16 labelled hours are negative",
+                "mortality: all 3 labelled stays are negative",
             ],
         ),
         # Dead after a day: mortality has both classes, but no hour is within 24 hours of death.
-        (0, died(40.0), ["decompensation: all 16 labelled hours are negative."]),
+        (0, died(40.0), ["decompensation: all 16 labelled hours are negative"]),
     ],
 )
 def test_a_label_of_one_class_fails(
@@ -100,8 +101,8 @@ def test_a_label_of_one_class_fails(
 def test_all_dead_fails(tmp_path: Path) -> None:
     rows = [row | died(8.0) for row in STAYS]
     assert _judge(tmp_path, stays=rows)[0] == [
-        "decompensation: all 12 labelled hours are positive.",
-        "mortality: all 3 labelled stays are positive.",
+        "decompensation: all 12 labelled hours are positive",
+        "mortality: all 3 labelled stays are positive",
     ]
 
 
@@ -111,10 +112,10 @@ def test_labels_that_are_all_null_fail(tmp_path: Path) -> None:
     )
     rows = [row | no_label for row in STAYS]
     assert _judge(tmp_path, stays=rows)[0] == [
-        "decompensation: no hour has a label.",
-        "mortality: no stay has a label.",
-        "phenotyping: no stay has phenotypes.",
-        "remaining_los: no stay has a length of stay.",
+        "decompensation: no hour has a label",
+        "mortality: no stay has a label",
+        "phenotyping: no stay has phenotypes",
+        "remaining_los: no stay has a length of stay",
     ]
     assert _judge(tmp_path / "not-expected", stays=rows, expected=Expected()) == ([], [])
 
@@ -122,7 +123,7 @@ def test_labels_that_are_all_null_fail(tmp_path: Path) -> None:
 def test_a_task_that_stores_do_not_label_fails(tmp_path: Path) -> None:
     expected = Expected(tasks=frozenset({"sepsis"}))
     assert _judge(tmp_path, expected=expected)[0] == [
-        "The task sepsis is expected, but stores have no such label."
+        "The task sepsis is expected, but stores have no such label"
     ]
 
 
@@ -139,8 +140,8 @@ def test_a_phenotype_that_nobody_has(tmp_path: Path, coded: int, fails: bool) ->
     )
     failures, warnings = _judge(tmp_path, stays=rows, observations=[], events=[], expected=expected)
     found = [
-        f"phenotyping: none of {coded} stays have “{PHENOTYPES[0]}”.",
-        f"phenotyping: all of {coded} stays have “Shock”.",
+        f"phenotyping: none of {coded} stays have “{PHENOTYPES[0]}”",
+        f"phenotyping: all of {coded} stays have “Shock”",
     ]
     assert (failures, warnings) == ((found, []) if fails else ([], found))
 
@@ -149,7 +150,7 @@ def test_a_phenotype_that_nobody_has(tmp_path: Path, coded: int, fails: bool) ->
 def test_a_patient_in_two_splits_fails(tmp_path: Path, column: str) -> None:
     rows = [row | {column: "train"} for row in STAYS]
     rows[2] |= {column: "test"}
-    expected = [f"1 patient with stays in more than one {column.replace('_', ' ')}."]
+    expected = [f"1 patient with stays in more than one {column.replace('_', ' ')}"]
     assert _judge(tmp_path, stays=rows)[0] == expected
 
 
@@ -164,10 +165,10 @@ def test_an_item_before_birth_fails(tmp_path: Path) -> None:
         tmp_path, observations=OBSERVATIONS + items, events=[*EVENTS, ("2", "X/start", -9, 1, None)]
     )
     assert failures == [
-        "1 event before the birth of the patient, in 1 patient.",
-        "1 observation of hr before the birth of the patient, in 1 patient.",
-        "1 event before admission, in 1 patient.",
-        "2 observations of hr before admission, in 1 patient.",
+        "1 event before the birth of the patient, in 1 patient",
+        "1 observation of hr before the birth of the patient, in 1 patient",
+        "1 event before admission, in 1 patient",
+        "2 observations of hr before admission, in 1 patient",
     ]
 
 
@@ -177,7 +178,7 @@ def test_the_birth_of_a_patient_of_unknown_age_is_not_judged(tmp_path: Path) -> 
         stays=_changed(1, age_years=None),
         events=[*EVENTS, ("2", "X/start", -9.0, 1.0, None)],
     )
-    assert failures == ["1 event before admission, in 1 patient."]
+    assert failures == ["1 event before admission, in 1 patient"]
 
 
 def test_a_value_known_before_its_time_fails(tmp_path: Path) -> None:
@@ -185,8 +186,8 @@ def test_a_value_known_before_its_time_fails(tmp_path: Path) -> None:
     events = [*EVENTS, ("1", "X/start", 5.0, 4.0, None)]
     failures, _ = _judge(tmp_path, observations=OBSERVATIONS + items, events=events)
     assert failures == [
-        "1 event available before the time of the value, in 1 patient.",
-        "2 observations of hr available before the time of the value, in 2 patients.",
+        "1 event available before the time of the value, in 1 patient",
+        "2 observations of hr available before the time of the value, in 2 patients",
     ]
 
 
@@ -195,8 +196,8 @@ def test_an_item_after_the_record_fails(tmp_path: Path) -> None:
     items = [("1", "hr", 10.1, None, 80.0), ("2", "ph", 5.0, 10.1, 7.4), ("3", "hr", 10, 10, 80.0)]
     failures, _ = _judge(tmp_path, observations=OBSERVATIONS + items)
     assert failures == [
-        "1 observation of hr after the last hour of the record, in 1 patient.",
-        "1 observation of ph after the last hour of the record, in 1 patient.",
+        "1 observation of hr after the last hour of the record, in 1 patient",
+        "1 observation of ph after the last hour of the record, in 1 patient",
     ]
 
 
@@ -208,7 +209,7 @@ def test_unreadable_rows_fail_above_one_percent(tmp_path: Path) -> None:
         failures, _ = _judge(tmp_path / str(rows), refused=refused)
         assert bool(failures) == fails
     assert failures == [
-        "8 of 799 rows (1.0 %) could not be read: unreadable-time 5, not-a-number 3."
+        "8 of 799 rows (1.0 %) could not be read: unreadable-time 5, not-a-number 3"
     ]
 
 
@@ -218,7 +219,7 @@ def test_rules_refuse_as_much_as_they_must(tmp_path: Path) -> None:
 
 def test_an_unreadable_variable_warns_where_it_is_few_of_all_rows(tmp_path: Path) -> None:
     refused = {"not-a-number:hr": 3, "duplicate:event": 10_000}
-    assert _judge(tmp_path, refused=refused) == ([], ["3 rows of hr (50.0 %) could not be read."])
+    assert _judge(tmp_path, refused=refused) == ([], ["3 rows of hr (50.0 %) could not be read"])
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_a_published_figure_without_ours_warns(tmp_path: Path) -> None:
     expected = Expected(published={"stays": 3.0, "mean.pulse": 80.0})
     assert _judge(tmp_path, expected=expected) == (
         [],
-        ["The report has no figure for the published mean.pulse."],
+        ["The report has no figure for the published mean.pulse"],
     )
 
 

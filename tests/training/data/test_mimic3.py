@@ -19,7 +19,7 @@ from tests.training.data.mimic3_source import (
     write,
 )
 from training.data.mimic3 import Mimic3
-from training.data.sources import SourceError
+from training.data.sources import SourceError, Tally
 
 Source = Callable[..., Path]
 
@@ -156,6 +156,28 @@ def test_phenotypes_of_the_benchmark_need_a_dictionary_entry(source: Source) -> 
     assert extract(folder, profile="benchmark").stay(100)["phenotypes"] == [sepsis]
 
 
+def test_dates_need_no_time_of_day(source: Source) -> None:
+    changes = {"dob": "2090-01-01", "dod": "2150-01-03"}
+    made = extract(with_patients(source, admission(1, **changes), admission(2, dob="1850-01-01")))
+    assert made.stay(100)["age_years"] == pytest.approx(21914 / 365)
+    assert (made.stay(100)["death_hours_low"], made.stay(100)["death_hours_high"]) == (48, 72)
+    assert made.stay(200)["age_years"] == 90
+    assert made.tally.refused == {}
+
+
+def test_dates_that_cannot_be_read_are_counted_or_named(source: Source) -> None:
+    folder = with_patients(source, admission(1), admission(2), admission(3, dob="1/1/2090"))
+    made = extract(folder)
+    assert made.cohort.stays["episode_id"].to_list() == ["100", "200"]
+    assert made.tally.refused == {"unreadable-time:PATIENTS": 1}
+    folder = with_patients(source, *(admission(n, dob="1/1/2090") for n in (1, 2)))
+    with pytest.raises(SourceError, match=r"PATIENTS\.csv: column 'dob': 2 of 2 .* YYYY-MM-DD$"):
+        extract(folder)
+    folder = with_patients(source, admission(1, intime="2150-01-01"))
+    with pytest.raises(SourceError, match=r"ICUSTAYS\.csv: column 'intime': 1 of 1 .* hh:mm:ss$"):
+        extract(folder)
+
+
 # --- which rows belong to a stay ------------------------------------------------------------------
 
 
@@ -185,6 +207,35 @@ def test_rows_are_validated_in_the_published_order(source: Source) -> None:
         "hadm-empty:LABEVENTS": 1,
     }
     assert made.tally.repaired == {"icustay-from-hadm:CHARTEVENTS": 1}
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        *(
+            (t, c)
+            for t in ("CHARTEVENTS", "LABEVENTS")
+            for c in ("subject_id", "itemid", "charttime")
+        ),
+        *(
+            (t, c)
+            for t in ("INPUTEVENTS_MV", "PROCEDUREEVENTS_MV")
+            for c in ("subject_id", "itemid", "starttime", "endtime", "statusdescription")
+        ),
+    ],
+)
+def test_a_row_without_a_key_is_damaged(source: Source, table: str, column: str) -> None:
+    row = {
+        "CHARTEVENTS": chart(211, 80),
+        "LABEVENTS": lab(50912, 1.1),
+        "INPUTEVENTS_MV": order(221906, 1, 2),
+        "PROCEDUREEVENTS_MV": order(225792, 1, 2),
+    }[table]
+    reader = Mimic3(source(**{table: [row, row | {column: ""}]}))
+    message = rf"{table}\.csv: line 3: column '{column}' is empty"
+    tables = [scan.table for scan in reader.scans(reader.cohort(Tally()))]
+    with pytest.raises(SourceError, match=message):
+        _ = [list(table.chunks()) for table in tables]
 
 
 # --- charts ---------------------------------------------------------------------------------------
@@ -263,6 +314,23 @@ def test_coma_score_is_a_sum_or_the_charted_total(source: Source) -> None:
     assert made.tally.repaired == {"summed:gcs_total": 1}
     made = extract(source(CHARTEVENTS=rows), profile="benchmark")
     assert [(h, v) for h, _, v, _ in made.values("gcs_total")] == [(1, 15), (2, 11)]
+
+
+def test_a_score_beyond_its_scale_is_refused(source: Source) -> None:
+    rows = [
+        # There is no eye score of 5: the components are two, and the total counts.
+        chart(184, "5", 1), chart(723, "5 Oriented", 1), chart(454, "6 Obeys Commands", 1),
+        chart(198, "14", 1),
+        chart(220739, "", 2, valuenum=0), chart(223900, "", 2, valuenum=6),
+        chart(223901, "", 2, valuenum=7), chart(223901, "", 3, valuenum=6),
+    ]  # fmt: skip
+    made = extract(source(CHARTEVENTS=rows))
+    assert [(h, v) for h, _, v, _ in made.values("gcs_total")] == [(1, 14), (3, 4 + 5 + 6)]
+    assert made.tally.refused == {
+        "outside-limits:gcs_eye": 2,
+        "outside-limits:gcs_verbal": 1,
+        "outside-limits:gcs_motor": 1,
+    }
 
 
 def test_items_of_each_profile(source: Source) -> None:
@@ -384,6 +452,17 @@ def test_chart_copies_of_results_are_dropped(source: Source) -> None:
     assert made.tally.refused == {"copy-of-lab:glucose": 3}
 
 
+def test_a_copy_of_a_result_that_is_no_observation_stays(source: Source) -> None:
+    labs = [
+        lab(50931, 118) | {"charttime": "2149-12-31 23:30:00"},  # before admission
+        lab(50931, 140, 47.5),  # known after the end
+    ]
+    charts = [chart(811, "118", 0.5), chart(811, "140", 47.75)]
+    made = extract(source(LABEVENTS=labs, CHARTEVENTS=charts))
+    assert [(h, v) for h, _, v, _ in made.values("glucose")] == [(0.5, 118), (47.75, 140)]
+    assert made.tally.refused == {"before-admission:observation": 1, "after-end:observation": 1}
+
+
 def test_results_are_numbers_in_the_unit_of_their_code(source: Source) -> None:
     rows = [
         lab(50912, "<0.2", 1, valueuom="mg/dL"),
@@ -441,6 +520,14 @@ def test_infusion_starts_changes_and_ends(source: Source) -> None:
         ("MIMIC/INPUT_START/221347", "amiodarone started", "mg/min"),
         ("MIMIC/INPUT_START/221906", "norepinephrine started", "ug/kg/min"),
     ]
+
+
+def test_an_end_that_cannot_be_read_is_counted(source: Source) -> None:
+    rows = [order(221906, 1, 2, rate=0.1) | {"endtime": "2150-01-01 02:00"}]
+    made = extract(source(INPUTEVENTS_MV=rows))
+    assert made.events("MIMIC/INPUT_START/221906") == [(1, None, 0.1)]
+    assert made.events("MIMIC/INPUT_END/221906") == []
+    assert made.tally.refused == {"unreadable-time:INPUTEVENTS_MV": 1}
 
 
 def test_procedure_starts_and_ends(source: Source) -> None:

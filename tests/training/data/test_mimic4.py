@@ -230,6 +230,25 @@ def test_inconsistent_deaths_are_counted(tmp_path: Path) -> None:
     assert tally.refused == {"unreadable-time:admissions": 1}
 
 
+@pytest.mark.parametrize(
+    ("dod", "low", "unreadable"),
+    [("2180-05-02", 14.0, 0), ("2180-05-02 00:00:00", 14.0, 0), ("5/2/2180", None, 1)],
+)
+def test_the_day_of_death(tmp_path: Path, dod: str, low: float | None, unreadable: int) -> None:
+    died = {"hospital_expire_flag": 1}
+    others = [a_patient(n, dod="2181-01-01", **died) for n in (2, 3)]
+    source, tally = write(tmp_path, a_patient(1, dod=dod, **died), *others), Tally()
+    stays = Mimic4(source).cohort(tally).stays
+    assert stays["death_hours_low"][0] == low
+    assert tally.refused["unreadable-time:patients"] == unreadable
+
+
+def test_times_in_another_form_are_named(tmp_path: Path) -> None:
+    source = write(tmp_path, a_patient(1, intime="05/01/2180 10:00"))
+    with pytest.raises(SourceError, match=r"icustays\.csv\.gz: column 'intime': 1 of 1 are not"):
+        Mimic4(source).cohort(Tally())
+
+
 def test_phenotypes_of_both_versions(extract: Extract) -> None:
     codes = [(1, "4019", 9), (1, "I5033", 10), (2, "V1234", 9)]
     diagnoses = [{"hadm_id": 100 + n, "icd_code": c, "icd_version": v} for n, c, v in codes]
@@ -323,6 +342,23 @@ def test_laboratory(extract: Extract) -> None:
     assert made.happened(1001, "MIMIC/LAB/51478") == [(2.0, 4.0, 300)]
 
 
+def test_a_copy_of_a_result_that_is_no_observation_stays(extract: Extract) -> None:
+    drawn_before_end = {"charttime": "2180-05-03 09:00:00"}  # known an hour after the end
+    made = extract(
+        a_patient(1),
+        LABORATORY,
+        drawn("12:00", 50931, 140, **drawn_before_end),
+        charted("12:00", 220621, 140, charttime="2180-05-03 09:30:00"),
+    )
+    assert made.observed(1001, "glucose") == [(47.5, None, 140, 0)]
+
+
+@pytest.mark.parametrize("delay", [-1.0, float("nan")])
+def test_no_result_is_known_before_its_sample(tmp_path: Path, delay: float) -> None:
+    with pytest.raises(SourceError, match="lab_delay"):
+        Mimic4(write(tmp_path, a_patient(1)), lab_delay=delay)
+
+
 def test_lab_delay_is_an_option(extract: Extract) -> None:
     labs = (drawn("12:00", 50912, 1.4), drawn("13:00", 50912, 1.5, storetime="2180-05-01 13:30:00"))
     made = extract(a_patient(1), LABORATORY, *labs, lab_delay=6.0)
@@ -383,6 +419,38 @@ def test_nothing_after_death(extract: Extract) -> None:
                    *INTERVALS)  # fmt: skip
     assert made.observed(1001, "hr") == [(1.0, None, 80, 0)]
     assert made.events["hours"].to_list() == [2.0]  # the infusion that began at that minute
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        *(("icu/chartevents", c) for c in ("stay_id", "itemid", "charttime")),
+        *(("hosp/labevents", c) for c in ("subject_id", "itemid", "charttime")),
+        *(
+            (f"icu/{table}", c)
+            for table in ("inputevents", "procedureevents")
+            for c in ("stay_id", "itemid", "starttime", "endtime")
+        ),
+        ("icu/procedureevents", "statusdescription"),
+    ],
+)
+def test_a_row_without_a_key_is_damaged(tmp_path: Path, name: str, column: str) -> None:
+    rows = charted("12:00", 220045, 70) | drawn("12:00", 50912, 1.4) | INTERVALS[0] | INTERVALS[4]
+    source = write(tmp_path, a_patient(1), rows, {name: [rows[name][0] | {column: ""}]})
+    reader = Mimic4(source)
+    tables = [scan.table for scan in reader.scans(reader.cohort(Tally()))]
+    with pytest.raises(SourceError, match=rf"line \d: column '{column}' is empty"):
+        _ = [list(table.chunks()) for table in tables]
+
+
+def test_rows_without_a_time_are_counted(tmp_path: Path) -> None:
+    source = write(tmp_path, a_patient(1), charted("12:00", 220045, 70))
+    reader, tally = Mimic4(source), Tally()
+    scan = reader.scans(reader.cohort(tally))[0]
+    (chunk,) = scan.table.chunks()
+    kept = scan.select(chunk.frame.with_columns(charttime=pl.lit(None, pl.String)), tally)
+    assert kept.is_empty()
+    assert tally.refused == {"untimed:chartevents": 2}
 
 
 def test_unreadable_times_are_counted(tmp_path: Path) -> None:
@@ -447,14 +515,14 @@ def test_demo_cohort_against_sql(demo: Extraction, folder: Path) -> None:
 
 def test_demo_counts(demo: Extraction) -> None:
     assert dict(demo.observations.group_by("variable").len().rows()) == {
-        "dbp": 10752, "fio2": 1397, "gcs_total": 2538, "glucose": 2088, "hr": 10380, "mbp": 10739,
+        "dbp": 10752, "fio2": 1397, "gcs_total": 2538, "glucose": 2090, "hr": 10380, "mbp": 10739,
         "ph": 634, "rr": 11088, "sbp": 10751, "spo2": 10188, "temp": 2920,
     }  # fmt: skip
     kind = pl.col("code").str.extract("^(LOINC|MIMIC/[A-Z_]+)/")
     assert dict(demo.events.group_by(kind).len().rows()) == {
         "LOINC": 10983,
         "MIMIC/LAB": 10844,
-        "MIMIC/INPUT_START": 15313,
+        "MIMIC/INPUT_START": 15318,
         "MIMIC/INPUT_END": 3644,
         "MIMIC/PROCEDURE_START": 1145,
         "MIMIC/PROCEDURE_END": 513,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm4ehr.episode import Episode, hourly_grid, variable_indices
-from llm4ehr.store import CodeInfo, Outcome
+from llm4ehr.store import CodeInfo, EpisodeStore, Outcome
 from llm4ehr.variables import VARIABLES
 from tests.training.data.report_store import died, stay, write_store
 from training.data.extraction import Expected, Step
@@ -258,6 +260,18 @@ def test_refused_and_repaired(report: dict[str, Any]) -> None:
     assert report["repaired"] == [{"reason": "fahrenheit", "name": "temp", "rows": 2}]
 
 
+def test_absent_tables_are_no_rows(tmp_path: Path) -> None:
+    refused = REFUSED | {"table-absent:lab": 1, "table-absent:diagnosis": 1}
+    store = write_store(tmp_path / "s", STAYS, OBSERVATIONS, EVENTS, refused=refused)
+    report = build_report(store, (), Expected())
+    found = report["refused"]
+    assert (found["rows"], found["rows_seen"], found["share"]) == (5, 15, 0.333333)
+    absent = next(r for r in found["reasons"] if r["reason"] == "table-absent")
+    assert (absent["rows"], absent["share"]) == (2, None)
+    write_report(report, tmp_path)
+    assert "table-absent" in (tmp_path / "report.html").read_text()
+
+
 def test_published_figures(report: dict[str, Any]) -> None:
     rows = {row["figure"]: row for row in report["published"]}
     assert (rows["stays"]["ratio"], rows["stays"]["per_stay"]) == (0.1, 1.0)
@@ -318,6 +332,37 @@ def test_hourly_values_are_those_of_the_grid(seed: int) -> None:
         index = variable_indices([name])[0]
         assert grid.observed[hour, index]
         assert seen == grid.values[hour, index]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1))
+def test_the_report_sees_what_is_read_from_the_store(seed: int) -> None:
+    """Items known late, in any order, some when they were history."""
+    rng = np.random.default_rng(seed)
+    n_hours = 6
+    stays = [stay(str(i), n_hours=n_hours) for i in range(3)]
+    observations = []
+    for _ in range(int(rng.integers(0, 80))):
+        hours = int(rng.integers(0, 4 * n_hours)) / 4
+        late = None if rng.integers(3) == 0 else hours + int(rng.integers(0, 12)) / 4
+        variable, value = str(rng.choice(["hr", "sbp"])), float(rng.integers(50, 90))
+        episode_id = str(rng.integers(3))
+        priority = int(rng.integers(2))
+        observations.append((episode_id, variable, hours, late, value, priority))
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_store(Path(folder) / "s", stays, observations)
+        scanned = scan_store(path)
+        records = list(EpisodeStore.open(path))
+    seen: Counter[tuple[str, float]] = Counter()
+    first = {}
+    for record in records:
+        grid = hourly_grid(record.episode, n_hours)
+        for hour, index in zip(*np.nonzero(grid.observed), strict=True):
+            seen[VARIABLES[index].name, float(grid.values[hour, index])] += 1
+        if len(record.episode.obs_hours):
+            first[record.episode.episode_id] = float(record.episode.obs_hours.min())
+    assert {(name, value): n for name, value, n in scanned.values.iter_rows()} == seen
+    assert dict(scanned.first_hours.iter_rows()) == first
 
 
 _hours = st.floats(0, 80) | st.integers(0, 80).map(float)

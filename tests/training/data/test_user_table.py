@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from llm4ehr.episode import Statics
 from llm4ehr.store import EpisodeStore
 from llm4ehr.variables import VARIABLES, UnitError, convert
-from training.data.extraction import Cohort, Items
+from training.cli import main
+from training.data.extraction import Cohort, Expected, Items
 from training.data.prepare import prepare
 from training.data.sources import SourceError, Tally
 from training.data.unit_conversion import with_canonical
@@ -233,6 +234,14 @@ class TestRefusedRows:
         report = check(source, tmp_path / "rejected")
         assert "SECRET" not in (tmp_path / "rejected").read_text() + str(report)
 
+    def test_without_refused_rows_there_is_no_list_of_them(
+        self, folder: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        source = folder(observations=OBSERVATIONS + "s1,hr,1,80,\n")
+        (tmp_path / "rejected").write_text("of an earlier run")
+        assert check(source, tmp_path / "rejected").passed
+        assert not (tmp_path / "rejected").exists()
+
     def test_good_rows_are_kept_up_to_one_percent(self, folder: Callable[..., Path]) -> None:
         rows = [f"s1,hr,{i / 10},80,\n" for i in range(199)]
         source = folder(observations=OBSERVATIONS + "".join(rows) + "s1,hr,1,?,\n")
@@ -270,6 +279,98 @@ class TestRefusedRows:
         assert tally.refused["refused-episode:observations"] == 9
 
 
+class TestExpected:
+    def expected(self, source: Path) -> Expected:
+        reader = UserTables(source)
+        reader.check()
+        return reader.expected
+
+    def test_a_variable_is_absent_only_if_the_file_never_names_it(
+        self, folder: Callable[..., Path]
+    ) -> None:
+        source = folder(
+            observations=OBSERVATIONS + "s1,hr,1,80,\n"
+            "s1,2345-7,1,7.5,\n"  # glucose, whose unit is missing
+            "s1,ph,1,99,\n"
+            "s1,2756-5,1,5.5,\n"  # a pH of urine, which is none of the variables
+        )
+        named = {"hr", "glucose", "ph"}
+        assert self.expected(source).absent_variables == {v.name for v in VARIABLES} - named
+
+    def test_tasks_are_those_that_have_any_label(self, folder: Callable[..., Path]) -> None:
+        assert self.expected(folder()).tasks == {"mortality"}
+        nothing = folder(stays="episode_id,subject_id,end_hours,mortality\ns1,p1,48,\n")
+        assert self.expected(nothing).tasks == frozenset()
+        everything = folder(
+            stays="episode_id,subject_id,end_hours,mortality,death_hours,los_hours\n"
+            "s1,p1,48,yes,30,40\n",
+            diagnoses="episode_id,icd_version,icd_code\ns1,9,585.9\n",
+        )
+        assert self.expected(everything).tasks == {
+            "mortality", "decompensation", "remaining_los", "phenotyping",
+        }  # fmt: skip
+
+    def test_labels_of_one_class_and_lost_variables_fail_the_run(
+        self, folder: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        many = "".join(f"s1,hr,{i / 10},80,\n" for i in range(200))
+        source = folder(observations=OBSERVATIONS + many + "s1,ph,1,99,\n")
+        with pytest.raises(SourceError, match=r"ph is not observed.*all 1 labelled stays are neg"):
+            prepare("table", source, tmp_path / "out" / "store", progress=False)
+
+
+class TestCommand:
+    """`python -m training prepare table --check`."""
+
+    def run(self, *words: str | Path) -> int:
+        return main(["prepare", "table", "--check", *map(str, words)])
+
+    @pytest.fixture
+    def unit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        unit = tmp_path / "unit"
+        unit.mkdir()
+        (unit / "stays.csv").write_text(STAYS + "s1,p1,48,no,\n")
+        (unit / "observations.csv").write_text(OBSERVATIONS + "s1,hr,1,80,\ns1,hr,1,?,\n")
+        monkeypatch.chdir(tmp_path)
+        return unit
+
+    def test_every_refused_row_is_listed_beside_the_store_to_be(
+        self, unit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run("--source", unit, "--out", "stores/mine") == 1
+        listed = tmp_path / "stores" / "mine.rejected.csv"
+        assert f"refused rows: {listed}" in capsys.readouterr().out
+        assert listed.read_text().splitlines()[1:] == [
+            "observations.csv,3,value,not-a-number,not a finite number"
+        ]
+
+    @pytest.mark.parametrize("where", ["", "unit", "elsewhere"])
+    def test_without_a_store_in_the_current_folder_but_never_among_the_tables(
+        self, unit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        (tmp_path / where).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / where)
+        assert self.run("--source", "." if where == "unit" else unit) == 1
+        folder = tmp_path / "elsewhere" if where == "elsewhere" else tmp_path
+        assert (folder / "unit.rejected.csv").exists()
+        assert {p.name for p in unit.iterdir()} == {"stays.csv", "observations.csv"}
+        assert self.run("--source", unit, "--out", unit / "store") == 1
+        assert {p.name for p in unit.iterdir()} == {"stays.csv", "observations.csv"}
+
+    def test_nothing_refused_leaves_no_file(
+        self, unit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.run("--source", unit)
+        (unit / "observations.csv").write_text(OBSERVATIONS + "s1,hr,1,80,\n")
+        assert self.run("--source", unit) == 0
+        assert not (tmp_path / "unit.rejected.csv").exists()
+        assert capsys.readouterr().out.splitlines()[-1] == "observations.csv: 1 rows, 0 refused"
+
+    def test_it_is_for_tables_alone(self, unit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["prepare", "meds", "--check", "--source", str(unit)]) == 1
+        assert "--check is for the data set table, not meds" in capsys.readouterr().err
+
+
 class TestFiles:
     def test_a_misspelt_column_is_an_error(self, folder: Callable[..., Path]) -> None:
         with pytest.raises(SourceError, match=r"stays\.csv: line 1: column 'age' is not one of"):
@@ -293,6 +394,59 @@ class TestFiles:
         text = "episode_id,code,hours,descriptor\ns1,LOCAL/a,1,ok\ns1,LOCAL/a,1,gr\xfcn\n"
         (tmp_path / "events.csv").write_bytes(text.encode("latin-1"))
         with pytest.raises(SourceError, match=r"events\.csv: line 3: not valid UTF-8"):
+            check(source)
+
+    @pytest.mark.parametrize(
+        ("header", "message"),
+        [
+            ("episode_id,subject_id,gr\xf6\xdfe\n".encode("latin-1"), "not valid UTF-8"),
+            ("episode_id,subject_id,end_hours\ns1,p1,4\n".encode("utf-16"), "UTF-16; save it"),
+            ("episode_id,subject_id,end_hours\n".encode("utf-16-le"), "perhaps UTF-16"),
+            (b"episode_id,subject_id,end_hours\rs1,p1,48\r", "carriage return alone"),
+            (b"episode_id,subject_id,end_hours,end_hours\n", "'end_hours' is there twice"),
+            (b"episode_id,subject_id,end_hours,End_Hours \n", "'end_hours' is there twice"),
+            (b"episode_id,subject_id,end_hours,Jane Doe\n", "column number 4 is not one of"),
+        ],
+    )
+    @pytest.mark.parametrize("zipped", [False, True])
+    def test_a_header_that_cannot_be_read(
+        self,
+        folder: Callable[..., Path],
+        tmp_path: Path,
+        header: bytes,
+        message: str,
+        *,
+        zipped: bool,
+    ) -> None:
+        source = folder()
+        (tmp_path / "stays.csv").unlink()
+        name = "stays.csv.gz" if zipped else "stays.csv"
+        (tmp_path / name).write_bytes(gzip.compress(header) if zipped else header)
+        with pytest.raises(SourceError, match=rf"{name}: line 1: .*{message}") as raised:
+            check(source)
+        assert "jane" not in str(raised.value).lower()
+
+    def test_blank_lines_at_the_end(self, folder: Callable[..., Path]) -> None:
+        source = folder(observations=OBSERVATIONS + "s1,hr,1,80,\n\n")
+        assert len(read(source)[1].observations) == 1
+        assert reasons(source) == {}
+
+    def test_columns_of_parquet_in_any_case_and_ids_as_floats(
+        self, folder: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        source = folder(stays=STAYS + "1,p1,48,no,\n2.0,p2,48,no,\n")
+        (tmp_path / "observations.csv").unlink()
+        path = tmp_path / "observations.parquet"
+        columns = {"Variable": ["hr"], " HOURS": [1.5], "value": [80], "UNIT": ["/min"]}
+        pl.DataFrame({"Episode_ID": [1.0], **columns}).write_parquet(path)
+        assert read(source)[1].observations.select("stay", "hours").rows() == [(0, 1.5)]
+        pl.DataFrame({"episode_id": ["2.0"], **columns}).write_parquet(path)  # text stays as it is
+        assert read(source)[1].observations["stay"].to_list() == [1]
+        pl.DataFrame({"episode_id": ["1"], "Episode_id": ["1"], **columns}).write_parquet(path)
+        with pytest.raises(SourceError, match=r"parquet: column 'episode_id' is there twice"):
+            check(source)
+        path.write_bytes(b"no Parquet")
+        with pytest.raises(SourceError, match=r"observations\.parquet: not readable as Parquet"):
             check(source)
 
     def test_both_kinds_of_times(self, folder: Callable[..., Path]) -> None:
@@ -364,6 +518,31 @@ class TestTimes:
             ("observations.csv", 5, "time", "not-a-time"),
             ("observations.csv", 6, "time", "not-a-time"),
         ]
+
+    def test_an_offset_that_is_none_on_earth(
+        self, folder: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        source = folder(
+            stays=self.COLUMNS + "s1,p1,2026-03-28 22:00+14:00,2026-03-29 22:00+14:00\n",
+            observations="episode_id,variable,time,value\n"
+            "s1,hr,2026-03-28 22:30+14:00,80\n"
+            "s1,hr,2026-03-28 22:30+25:99,80\n"
+            "s1,hr,2026-03-28 22:30+01:60,80\n",
+        )
+        assert refused_rows(source, tmp_path) == [
+            ("observations.csv", 3, "time", "not-a-time"),
+            ("observations.csv", 4, "time", "not-a-time"),
+        ]
+
+    def test_the_first_readable_admission_tells_whether_there_are_offsets(
+        self, folder: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        source = folder(
+            stays=self.COLUMNS + "s1,p1,soon,2026-03-29 22:00Z\n"
+            "s2,p2,2026-03-28 22:00Z,2026-03-29 22:00Z\n",
+            observations="episode_id,variable,time,value\ns2,hr,2026-03-28 22:30Z,80\n",
+        )
+        assert refused_rows(source, tmp_path) == [("stays.csv", 2, "admission_time", "not-a-time")]
 
     def test_timestamps_of_parquet(self, folder: Callable[..., Path], tmp_path: Path) -> None:
         source = folder(stays=self.COLUMNS + "s1,p1,2026-03-28T22:00Z,2026-03-29T22:00Z\n")
@@ -439,23 +618,38 @@ class TestMeaning:
         assert rows == [("hr", 0), ("sbp", 1), ("sbp", 0), ("hr", 1)]
 
     def test_a_death_counts_only_in_hospital(self, folder: Callable[..., Path]) -> None:
-        source = folder(stays=STAYS + "a,p1,48,yes,30\nb,p2,48,no,900\nc,p3,48,,30\n")
+        source = folder(stays=STAYS + "a,p1,48,yes,30\nb,p2,48,no,900\nc,p3,48,,48.5\n")
         cohort, _, tally = read(source)
         assert cohort.stays["mortality"].to_list() == [True, False, None]
         assert cohort.stays["death_hours_low"].to_list() == [30.0, None, None]
         assert tally.refused == {"death-not-in-hospital:stays": 2}
 
+    def test_a_death_in_the_stay_of_a_survivor_contradicts(
+        self, folder: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        source = folder(
+            stays=STAYS + "a,p1,48,yes,30\nb,p2,48,no,30\nc,p3,48,,48\nd,p4,48,no,48.5\n"
+        )
+        assert refused_rows(source, tmp_path) == [
+            ("stays.csv", 3, "mortality", "contradiction"),
+            ("stays.csv", 4, "mortality", "contradiction"),
+        ]
+
     def test_stays_stand_in_the_order_of_their_ids_as_text(
         self, folder: Callable[..., Path]
     ) -> None:
         source = folder(
-            stays=STAYS + "10,p1,48,no,\n9,p1,48,no,\n1,p2,48,no,\n",
+            stays=STAYS
+            + "10,p1,48,no,\n9,p1,48,no,\n1,p2,48,no,\n"
+            + "".join(f"x{i},q{i // 4},48,no,\n" for i in range(200)),
             observations=OBSERVATIONS + "9,hr,1,80,\n",
         )
         cohort, items, _ = read(source)
-        assert cohort.stays["episode_id"].to_list() == ["1", "10", "9"]
+        assert cohort.stays["episode_id"].to_list()[:3] == ["1", "10", "9"]
         assert items.observations["stay"].to_list() == [2]
-        assert cohort.stays["split"].n_unique() <= 2  # one for each patient
+        of_patient = cohort.stays.group_by("subject_id").agg(pl.col("split").n_unique())
+        assert of_patient["split"].to_list() == [1] * 52
+        assert cohort.stays["split"].n_unique() == 3
 
     def test_without_diagnoses_phenotypes_are_not_known(self, folder: Callable[..., Path]) -> None:
         assert read(folder())[0].stays["phenotypes"].to_list() == [None]
