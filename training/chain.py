@@ -136,7 +136,8 @@ def chain(data: Path, out: Path, size: Size) -> Path:
     name = "llm4ehr" if size == "full" else "llm4ehr-demo"
     folder = repository / name / "1"
     if not folder.exists():
-        command = f"python -m training chain --data {data} --out {out} --size {size}"
+        # Where the data lie on this machine is nobody else's business.
+        command = f"python -m training chain --data DATA --out {out} --size {size}"
         export(finetune_config.run, repository, name, 1, results, command)
     return folder
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from training.config import FinetuneConfig
-from training.dataset import Source, open_sources, subject_fold
 from training.evaluate import hourly_table, load_scorer, pooled, task_metrics
 from training.finetune import finetune
+from training.sources import Source, open_sources, subject_fold
 
 
 def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:

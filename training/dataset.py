@@ -12,11 +12,9 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,17 +33,12 @@ from llm4ehr.episode import (
     preprocessing_digest,
 )
 from llm4ehr.model import TASKS, Task
-from llm4ehr.store import EpisodeRecord, EpisodeStore, StoreError, StoreInfo
-from llm4ehr.store_tables import INFO_FILE
+from llm4ehr.store import EpisodeRecord
 from llm4ehr.variables import VARIABLES
 from llm4ehr.vocabulary import Vocabulary, fit_vocabulary
-from training.config import PreprocessingOptions, SourceConfig
-from training.data.prepare import OWN_DATA
+from training.config import PreprocessingOptions
 from training.labels import DEFAULT_LABELS, LabelOptions, phenotype_flags, record_labels
-from training.progress import track
-
-# Never trained on, not even without labels: the evaluation set of the challenge.
-_EVALUATION_ONLY = {("physionet2012", "c")}
+from training.sources import Source, records, subject_fold
 
 _HOURLY = ("series", "labels", "valid")
 _EVENTS = ("event_code", "event_hours", "event_value")
@@ -53,143 +46,6 @@ _TOKENS = ("token_ids", "token_hours")
 _OFFSETS = ("hour_offsets", "event_offsets", "token_offsets")
 _FEATURES_VERSION = 2  # of the arrays in the cache
 LABEL_COLUMNS: tuple[Task, ...] = ("decompensation", "mortality", "remaining_los")
-
-
-class LeakageError(ValueError):
-    """A training run would read data that is kept for evaluation."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """An open store with the stays to read from it."""
-
-    store: EpisodeStore
-    config: SourceConfig
-    episode_ids: frozenset[str]
-
-    @property
-    def name(self) -> str:
-        """The data set. Sources of one name are of one store."""
-        return self.store.info.source
-
-    def key(self, name: str) -> str:
-        """A stay or a patient of this source among those of all sources."""
-        return f"{self.name}/{name}"
-
-    def labels_taken(self, task: Task) -> bool:
-        """Whether the labels of a task are taken from here."""
-        return self.config.labels is None or task in self.config.labels
-
-
-def open_sources(configs: Sequence[SourceConfig], *, training: bool) -> list[Source]:
-    """Open the stores and choose the stays to read.
-
-    Raises LeakageError when `training` would read what is for evaluation only, under whatever name,
-    and ValueError when a store has no stays in the splits, when stores cannot be told apart by
-    their names, or when a stay would be read twice.
-    """
-    opened = []
-    for config in configs:
-        store = EpisodeStore.open(config.store)
-        rows = store.labels.select(["episode_id", "split", "benchmark_split"]).to_pylist()
-        chosen = [row for row in rows if row[config.split_column] in config.splits]
-        named = config.splits if config.split_column == "split" else ()
-        for split in sorted({*named, *(row["split"] for row in chosen)}):
-            if training and (store.info.source, split) in _EVALUATION_ONLY:
-                raise LeakageError(
-                    f"split {split!r} of {store.info.source} is for evaluation only; "
-                    "it must not be trained on, not even without labels"
-                )
-        ids = [row["episode_id"] for row in chosen]
-        if not ids:
-            splits = ", ".join(repr(split) for split in config.splits)
-            raise ValueError(f"{config.store}: {config.split_column} {splits} has no episodes")
-        if config.max_episodes is not None:
-            ids = sorted(ids, key=lambda i: _hash(f"{store.info.source}/{i}"))[
-                : config.max_episodes
-            ]
-        opened.append(Source(store=store, config=config, episode_ids=frozenset(ids)))
-    for one, other in combinations(opened, 2):
-        _check_distinct(one, other)
-    return opened
-
-
-def _check_distinct(one: Source, other: Source) -> None:
-    """Raise ValueError if results or patients of the two could be mixed up."""
-    both = f"{one.store.path} and {other.store.path}"
-    if one.name == other.name and one.store.info != other.store.info:
-        raise ValueError(
-            f"{both} are different stores of one name, {one.name!r}, so their patients cannot be "
-            "told apart; name the stores of your own data with `prepare --name`"
-        )
-    if one.name != other.name and one.store.info.digests == other.store.info.digests:
-        raise ValueError(f"{both} hold the same stays under two names")
-    if one.name == other.name and (twice := one.episode_ids & other.episode_ids):
-        raise ValueError(f"{both}: {len(twice)} stays would be read twice")
-
-
-def origins(sources: Sequence[Source]) -> dict[str, dict[str, str]]:
-    """What the result of a run says of its data sets, by name: licence, citation, store."""
-    return _origins([source.store.info for source in sources])
-
-
-def _origins(infos: Sequence[StoreInfo]) -> dict[str, dict[str, str]]:
-    return {
-        "licences": {info.source: info.licence for info in infos},
-        "citations": {info.source: info.citation for info in infos},
-        "stores": {info.source: _store_digest(info) for info in infos},
-    }
-
-
-def _store_digest(info: StoreInfo) -> str:
-    return hashlib.sha256(json.dumps(dict(info.digests), sort_keys=True).encode()).hexdigest()
-
-
-def origins_of_run(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `origins` has written into the result of a finished run.
-
-    The result of a run of earlier versions has licences only: citations and digests are those of
-    its stores, as far as these are still there with the same licence.
-    """
-    if "stores" in result:
-        return {key: result[key] for key in ("licences", "citations", "stores")}
-    infos = []
-    for source in config["data"]["sources"]:
-        try:
-            info = StoreInfo.from_json((Path(source["store"]) / INFO_FILE).read_text("utf-8"))
-        except (OSError, StoreError):
-            continue
-        if result["licences"].get(info.source) == info.licence:
-            infos.append(info)
-    return _origins(infos) | {"licences": result["licences"]}
-
-
-def is_another(info: StoreInfo, stores: Mapping[str, str]) -> bool:
-    """Whether a run that read `stores` (name -> digest) read other data under the name of this.
-
-    The name of a published data set, or one that was given, says which data they are, and a store
-    of them may be made anew. The names in `OWN_DATA` stand for anything.
-    """
-    read = stores.get(info.source)
-    return info.source in OWN_DATA and read is not None and read != _store_digest(info)
-
-
-def records(sources: Sequence[Source], description: str) -> Iterator[tuple[Source, EpisodeRecord]]:
-    """All chosen episodes, with a progress bar."""
-    total = sum(source.store.n_episodes for source in sources)
-    everything = ((source, r) for source in sources for r in source.store)
-    for source, record in track(everything, description, total):
-        if record.episode.episode_id in source.episode_ids:
-            yield source, record
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def subject_fold(subject: str, n_folds: int) -> int:
-    """Fold of a subject, the same in every run: all stays of one patient fall into one fold."""
-    return _hash(subject) % n_folds
 
 
 def fit_preprocessing(

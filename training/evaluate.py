@@ -24,7 +24,6 @@ from llm4ehr.offline import score_episodes
 from training import metrics as m
 from training.config import SourceConfig
 from training.data.phenotypes import PHENOTYPES
-from training.dataset import Source, is_another, open_sources, origins_of_run
 from training.labels import (
     MIN_HISTORY_HOURS,
     LabelOptions,
@@ -34,6 +33,7 @@ from training.labels import (
 )
 from training.loop import environment
 from training.progress import track
+from training.sources import Source, is_another, open_sources
 
 # The 2012 challenge predicts from the first 48 hours; hour bin 47 is the last of them.
 MORTALITY_HOUR = 47
@@ -117,8 +117,8 @@ def trained_on(model: Path, source: Source, table: Mapping[str, NDArray[Any]]) -
     file = model / "subjects.json"
     if not file.exists():
         return None
-    result, config = (json.loads((model / f"{n}.json").read_text()) for n in ("result", "finetune"))
-    if is_another(source.store.info, origins_of_run(result, config)["stores"]):
+    result = json.loads((model / "result.json").read_text())
+    if is_another(source.store.info, result["stores"]):
         return None
     return len(set(json.loads(file.read_text())) & set(table["subject"].tolist()))
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from llm4ehr.bundle import Network, save_bundle
-from training.dataset import origins_of_run
 from training.evaluate import load_scorer
 
 _TASK_TITLES = {
@@ -147,15 +146,10 @@ class Provenance:
         """Everything that was trained on, in order. A name comes twice where pre-training and
         fine-tuning read it under different terms."""
         found = set()
-        for result, config in (
-            (self.pretraining["result"], self.pretraining["config"]),
-            (self.result, self.config),
-        ):
-            of = origins_of_run(result, config)
-            for name, licence in of["licences"].items():
-                found.add(DataSet(name, licence, of["citations"].get(name, "")))
-        cited = {(of.name, of.licence) for of in found if of.citation}
-        return sorted(of for of in found if of.citation or (of.name, of.licence) not in cited)
+        for result in (self.pretraining["result"], self.result):
+            for name, licence in result["licences"].items():
+                found.add(DataSet(name, licence, result["citations"][name]))
+        return sorted(found)
 
 
 def _rounded(network: Network) -> bool:

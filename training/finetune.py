@@ -20,23 +20,11 @@ from llm4ehr.calibration import OutputMap
 from llm4ehr.model import LLM4EHR, Task
 from training.config import FinetuneConfig
 from training.data.phenotypes import PHENOTYPES
-from training.dataset import (
-    LABEL_COLUMNS,
-    Batch,
-    FeatureSet,
-    LeakageError,
-    Source,
-    batches,
-    build_features,
-    is_another,
-    open_sources,
-    origins,
-    origins_of_run,
-    subsample,
-)
+from training.dataset import LABEL_COLUMNS, Batch, FeatureSet, batches, build_features, subsample
 from training.labels import certain
 from training.loop import RunFolder, Trainer, autocast, device
 from training.metrics import auroc, fit_platt, macro, mae, s1_threshold
+from training.sources import LeakageError, Source, is_another, open_sources, origins
 
 _NOTE_TASK = {"length_of_stay": "remaining_los"}  # what stores may call a task in label_notes
 
@@ -193,9 +181,8 @@ def finetune(config: FinetuneConfig) -> Network:
         "config": json.loads((config.pretrained / "pretrain.json").read_text()),
         "result": json.loads((config.pretrained / "result.json").read_text()),
     }
-    read = origins_of_run(pretraining["result"], pretraining["config"])["stores"]
     for source in sources:
-        if is_another(source.store.info, read):
+        if is_another(source.store.info, pretraining["result"]["stores"]):
             raise ValueError(
                 f"{source.store.path}: called {source.name!r} like another store, which the "
                 "encoder was pre-trained on; name it with `prepare --name`"

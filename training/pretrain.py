@@ -19,12 +19,11 @@ from training.dataset import (
     batches,
     build_features,
     fit_preprocessing,
-    open_sources,
-    origins,
     subsample,
 )
 from training.loop import RunFolder, Trainer, device
 from training.objectives import ObjectiveConfig, contrastive_terms, reconstruction_loss
+from training.sources import open_sources, origins
 
 
 def build_model(

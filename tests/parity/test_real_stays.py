@@ -20,7 +20,8 @@ from tests.online import tiny_bundle
 from tests.streaming import service_of, sorted_items, stream
 from training.config import PreprocessingOptions, SourceConfig
 from training.data.prepare import prepare
-from training.dataset import fit_preprocessing, open_sources
+from training.dataset import fit_preprocessing
+from training.sources import open_sources
 
 SOURCES = {"eicu": "eicu-demo-2.0.1", "mimic3": "mimic-iii-demo-1.4"}
 N_STAYS = 8

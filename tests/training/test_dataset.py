@@ -25,17 +25,9 @@ from llm4ehr.variables import VARIABLE_INDEX, VARIABLES
 from llm4ehr.vocabulary import Vocabulary
 from training import dataset
 from training.config import PreprocessingOptions, SourceConfig
-from training.dataset import (
-    LABEL_COLUMNS,
-    FeatureSet,
-    LeakageError,
-    batches,
-    build_features,
-    fit_preprocessing,
-    open_sources,
-    subject_fold,
-)
+from training.dataset import LABEL_COLUMNS, FeatureSet, batches, build_features, fit_preprocessing
 from training.labels import LabelOptions, hourly_labels
+from training.sources import LeakageError, open_sources, subject_fold
 
 Stay = Callable[..., Episode]
 LENGTHS = (12, 30, 0, 7, 30, 1)

@@ -20,7 +20,7 @@ from llm4ehr.store import EpisodeStore
 from training import evaluate as evaluation
 from training import finetune as module
 from training.config import FinetuneConfig, PretrainConfig, SourceConfig
-from training.dataset import LABEL_COLUMNS, LeakageError, build_features, open_sources
+from training.dataset import LABEL_COLUMNS, build_features
 from training.evaluate import evaluate, load_scorer
 from training.export import export
 from training.finetune import (
@@ -33,6 +33,7 @@ from training.finetune import (
     with_heads,
 )
 from training.pretrain import pretrain
+from training.sources import LeakageError, open_sources
 
 NAN = float("nan")
 TASKS = ("mortality", "remaining_los", "decompensation")

@@ -218,29 +218,6 @@ def test_the_card_cites_the_data_under_their_licences(tuned: Path, tmp_path: Pat
     assert all(of["licence"] and of["citation"] for of in provenance["data_sets"])
 
 
-def test_the_card_of_an_older_run_takes_citations_from_its_stores(
-    tuned: Path, icu_store: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(tuned, run)
-    result, pretraining = read(run / "result.json"), read(run / "pretrained.json")
-    for older in (result, pretraining["result"]):
-        del older["citations"], older["stores"]
-    (run / "result.json").write_text(json.dumps(result))
-    (run / "pretrained.json").write_text(json.dumps(pretraining))
-    assert card_of(run, tmp_path, 1) == card_of(tuned, tmp_path, 2).replace("n 2\n", "n 1\n", 1)
-    # Patients are counted as before.
-    assert evaluate(run, [icu_store], ["finetune"])["sources"][0]["patients_trained_on"] == 4
-
-    body = read(run / "finetune.json")
-    body["data"]["sources"][1]["store"] = str(tmp_path / "gone")
-    (run / "finetune.json").write_text(json.dumps(body))
-    card = card_of(run, tmp_path, 3)
-    assert card.count("No citation is recorded.") == 1
-    assert "/odbl/1-0/>). No citation is recorded." in card
-    assert "Silva I" in card
-
-
 def test_terms_of_one_name_do_not_overwrite_each_other(tuned: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tuned, run)
@@ -418,7 +395,8 @@ def test_the_chain_takes_the_demos_that_are_there(
     assert all(s["patients_trained_on"] == 0 for e in evaluations for s in e["sources"])
     assert not {"remaining_los_days", "phenotyping"} & evaluations[0]["tasks"].keys()
     assert {"remaining_los_days", "phenotyping"} <= evaluations[1]["tasks"].keys()
-    assert f"chain --data {data} --out {out} --size demo" in bundle.card
+    assert f"chain --data DATA --out {out} --size demo" in bundle.card
+    assert str(data) not in bundle.card
 
     prepared.clear()
     before = (folder / "manifest.json").read_bytes()

@@ -18,9 +18,10 @@ from llm4ehr.episode import Preprocessing
 from llm4ehr.vocabulary import Vocabulary
 from training import pretrain as module
 from training.config import ModelOptions, PretrainConfig, load_config
-from training.dataset import Batch, FeatureSet, LeakageError, build_features, open_sources
+from training.dataset import Batch, FeatureSet, build_features
 from training.objectives import ObjectiveConfig
 from training.pretrain import build_model, pretrain, pretraining_terms, training_episodes
+from training.sources import LeakageError, open_sources
 
 Body = Callable[..., dict[str, Any]]
 
