@@ -42,7 +42,7 @@ def _prepare(a: argparse.Namespace) -> int:
 
 
 def _check(a: argparse.Namespace) -> int:
-    from training.data.user_table import check
+    from training.data.user_table.reader import check
 
     if a.dataset != "table":
         raise ValueError(f"--check is for the data set table, not {a.dataset}")
@@ -114,8 +114,8 @@ def _export(a: argparse.Namespace) -> None:
 
 
 def _meds(a: argparse.Namespace) -> None:
-    from training.meds_export import write_labels, write_predictions
-    from training.meds_store import write_dataset
+    from training.data.meds.dataset import write_dataset
+    from training.data.meds.export import write_labels, write_predictions
 
     if a.what == "dataset":
         print(f"{write_dataset(a.store, a.out):,} events")

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from training.data.extraction import TableReader
 
 READERS: Mapping[str, tuple[str, str]] = {
-    "eicu": ("training.data.eicu", "EICU"),
-    "meds": ("training.data.meds_dataset", "Meds"),
-    "mimic3": ("training.data.mimic3", "Mimic3"),
-    "mimic4": ("training.data.mimic4", "Mimic4"),
+    "eicu": ("training.data.eicu.reader", "EICU"),
+    "meds": ("training.data.meds.reader", "Meds"),
+    "mimic3": ("training.data.mimic.mimic3", "Mimic3"),
+    "mimic4": ("training.data.mimic.mimic4", "Mimic4"),
     "physionet2012": ("training.data.physionet2012", "PhysioNet2012"),
     "physionet2019": ("training.data.physionet2019", "PhysioNet2019"),
-    "table": ("training.data.user_table", "UserTables"),
+    "table": ("training.data.user_table.reader", "UserTables"),
 }
 """Data set name -> module and class of its reader, imported when it is needed."""
 

@@ -16,8 +16,8 @@ from llm4ehr.store import StoreError, StoreInfo, StoreWriter
 from training.data import READERS, reader_for
 from training.data.build import build_store
 from training.data.extraction import Step
-from training.data.gates import check
-from training.data.report import build_report, write_report
+from training.data.report.build import build_report, write_report
+from training.data.report.gates import check
 from training.data.sources import Dataset, SourceError, Tally
 from training.progress import track
 

@@ -11,7 +11,7 @@ import polars as pl
 
 from training.data.cleaning import finish
 from training.data.extraction import Cohort, Items
-from training.data.mimic3 import Mimic3
+from training.data.mimic.mimic3 import Mimic3
 from training.data.sources import Tally
 
 # Headers of the official files, which are in upper case (those of the demo in lower case).

@@ -18,10 +18,10 @@ from llm4ehr.store import EpisodeStore
 from training.data.build import build_store
 from training.data.cleaning import finish
 from training.data.codes import CODES
-from training.data.eicu import EICU
-from training.data.eicu_drugs import drug_name
-from training.data.eicu_events import lab_codes
-from training.data.eicu_tables import COLUMNS
+from training.data.eicu.drugs import drug_name
+from training.data.eicu.events import lab_codes
+from training.data.eicu.files import COLUMNS
+from training.data.eicu.reader import EICU
 from training.data.extraction import Cohort, Items
 from training.data.prepare import prepare
 from training.data.sources import SourceError, Tally
@@ -806,7 +806,7 @@ def test_a_pass_before_the_scans_has_a_bar(source: Path, monkeypatch: pytest.Mon
         bars.append(progress_bar(disable=True))
         return bars[-1]
 
-    monkeypatch.setattr("training.data.eicu_tables.progress_bar", shown)
+    monkeypatch.setattr("training.data.eicu.files.progress_bar", shown)
     write(source, "medication", [order(60, "Zofran", drughiclseqno=33598)])
     EICU(source).cohort(Tally())
     write(source, "lab", [drawn(60, "glucose", 100)])

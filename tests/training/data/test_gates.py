@@ -10,9 +10,9 @@ import pytest
 from llm4ehr.variables import VARIABLES
 from tests.training.data.report_store import died, stay, write_store
 from training.data.extraction import Expected
-from training.data.gates import GATES, check, is_unreadable, judge
 from training.data.phenotypes import PHENOTYPES
-from training.data.report import build_report
+from training.data.report.build import build_report
+from training.data.report.gates import GATES, check, is_unreadable, judge
 
 TASKS = frozenset({"mortality", "decompensation", "remaining_los", "phenotyping"})
 EXPECTED = Expected(tasks=TASKS)

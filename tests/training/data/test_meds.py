@@ -32,14 +32,14 @@ from llm4ehr.store import (
 from llm4ehr.variables import VARIABLES
 from training.cli import _parser, main
 from training.data.extraction import Cohort, Items
-from training.data.meds_code_map import SHIPPED, load_code_map, shipped_code_map
-from training.data.meds_dataset import Meds
+from training.data.meds.calendar import EPOCH, places, subject_numbers
+from training.data.meds.code_map import SHIPPED, load_code_map, shipped_code_map
+from training.data.meds.dataset import write_dataset
+from training.data.meds.export import task_folder, write_labels, write_predictions
+from training.data.meds.reader import Meds
 from training.data.phenotypes import PHENOTYPES
 from training.data.prepare import prepare
 from training.data.sources import SourceError, Tally
-from training.meds_calendar import EPOCH, places, subject_numbers
-from training.meds_export import task_folder, write_labels, write_predictions
-from training.meds_store import write_dataset
 
 ADMISSION = datetime.fromisoformat("2180-07-23T15:00")
 Row = tuple[int, datetime | None, str, float | None]

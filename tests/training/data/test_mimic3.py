@@ -18,7 +18,7 @@ from tests.training.data.mimic3_source import (
     order,
     write,
 )
-from training.data.mimic3 import Mimic3
+from training.data.mimic.mimic3 import Mimic3
 from training.data.sources import SourceError, Tally
 
 Source = Callable[..., Path]

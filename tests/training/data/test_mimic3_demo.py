@@ -12,7 +12,7 @@ import pytest
 
 from llm4ehr.store import EpisodeStore
 from tests.training.data.mimic3_source import Extraction, extract
-from training.data.mimic import chart_items
+from training.data.mimic.shared import chart_items
 from training.data.prepare import prepare
 
 

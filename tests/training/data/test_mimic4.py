@@ -12,7 +12,7 @@ import pytest
 
 from training.data.build import build_store
 from training.data.extraction import Step
-from training.data.mimic4 import Mimic4
+from training.data.mimic.mimic4 import Mimic4
 from training.data.sources import SourceError, Tally
 
 UNITS = "Medical Intensive Care Unit (MICU)"

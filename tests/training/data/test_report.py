@@ -22,11 +22,11 @@ from llm4ehr.store import CodeInfo, EpisodeStore, Outcome
 from llm4ehr.variables import VARIABLES
 from tests.training.data.report_store import died, stay, write_store
 from training.data.extraction import Expected, Step
-from training.data.report import build_report, figures, write_report
-from training.data.report_figures import decompensation, histogram
-from training.data.report_labels import count_labels, los_bucket, sample_hours
-from training.data.report_scan import histogram as histogram_of
-from training.data.report_scan import hourly_values, quantiles, scan_store
+from training.data.report.build import build_report, figures, write_report
+from training.data.report.figures import decompensation, histogram
+from training.data.report.labels import count_labels, los_bucket, sample_hours
+from training.data.report.scan import histogram as histogram_of
+from training.data.report.scan import hourly_values, quantiles, scan_store
 from training.labels import certain, hourly_labels
 
 STAYS = [

@@ -23,8 +23,8 @@ from training.data.extraction import Cohort, Expected, Items
 from training.data.prepare import prepare
 from training.data.sources import SourceError, Tally
 from training.data.unit_conversion import with_canonical
-from training.data.user_table import UserTables, check
-from training.data.user_table_check import with_moments
+from training.data.user_table.check import with_moments
+from training.data.user_table.reader import UserTables, check
 
 PAGE = Path(__file__).parents[3] / "docs" / "datasets" / "table.md"
 

@@ -9,7 +9,7 @@ import polars as pl
 from llm4ehr.variables import FALLBACK, PREFERRED
 from training.data.codes import CODES
 from training.data.unit_conversion import with_canonical
-from training.data.user_table_check import (
+from training.data.user_table.check import (
     Rule,
     belongs,
     hours_between,

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping
 import polars as pl
 
 from training.data.csv_table import CsvTable
-from training.data.eicu_cohort import OLDEST_YEARS, PUBLISHED_ROWS, step
-from training.data.eicu_observations import (
+from training.data.eicu.cohort import OLDEST_YEARS, PUBLISHED_ROWS, step
+from training.data.eicu.files import KEY, number, whole
+from training.data.eicu.observations import (
     LAB_VARIABLES,
     OBSERVATION_COLUMNS,
     charted_items,
     charted_values,
     of_labs,
 )
-from training.data.eicu_tables import KEY, number, whole
 from training.data.extraction import Step
 from training.data.sources import Tally
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from training.data import report_figures
+from training.data.report import figures
 
 _TEMPLATE = "report.html.jinja"
 _MOST_LISTED = 5  # in the verdict
@@ -40,12 +40,12 @@ def render(report: Mapping[str, Any]) -> str:
         "amount": _amount,
     }
     environment.globals |= {
-        "bar": report_figures.bar,
-        "histogram": report_figures.histogram,
-        "decompensation": report_figures.decompensation,
+        "bar": figures.bar,
+        "histogram": figures.histogram,
+        "decompensation": figures.decompensation,
     }
     template = environment.from_string(
-        files("training.data").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+        files("training.data.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     )
     return template.render(
         report,

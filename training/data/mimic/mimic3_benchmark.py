@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from training.data.mimic import refuse
+from training.data.mimic.shared import refuse
 from training.data.sources import Tally
 
 # The values of these are not cleaned, so they are still text when the largest is chosen.

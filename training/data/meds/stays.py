@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import polars as pl
 
 from training.data.extraction import Cohort, Step, exact_death, split_by_subject
-from training.data.meds_code_map import StayCodes, fits, star
+from training.data.meds.code_map import StayCodes, fits, star
 from training.data.phenotypes import phenotypes
 from training.data.sources import Tally
 

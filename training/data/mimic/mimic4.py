@@ -13,11 +13,11 @@ from pathlib import Path
 import polars as pl
 
 from llm4ehr.store import StoreInfo
-from training.data import mimic
 from training.data.csv_table import CsvTable, require
 from training.data.extraction import Cohort, Expected, Items, Scan
-from training.data.mimic4_cohort import read_cohort
-from training.data.mimic_times import count_unreadable, hours_after, read_time
+from training.data.mimic import shared as mimic
+from training.data.mimic.mimic4_cohort import read_cohort
+from training.data.mimic.times import count_unreadable, hours_after, read_time
 from training.data.sources import Tally, licence_of
 from training.data.tables import load
 
@@ -87,7 +87,7 @@ class Mimic4:
             licence=licence_of(source),
             citation="Johnson AEW, Bulgarelli L, Shen L, et al. MIMIC-IV, a freely accessible "
             "electronic health record dataset. Sci Data 2023;10:1.",
-            created_by="training.data.mimic4",
+            created_by="training.data.mimic.mimic4",
             label_notes={
                 "mortality": "hospital_expire_flag, or a time of death of the admission.",
                 "decompensation": "Time of death to the minute.",

@@ -1,6 +1,6 @@
 """Quality gates: what an extraction must not look like. A store that fails one is not to be used.
 
-A gate is a function that reads the report of a store (`training.data.report`) and what was expected
+A gate is a function that reads the report of a store (`build`) and what was expected
 of its source, and yields findings. Most findings fail the gate; a few only warn. A finding is a
 sentence, without its full stop, that names a variable, a label or a number of patients, never a
 patient.

@@ -1,7 +1,7 @@
-"""A store as a MEDS 0.4 data set, which `training.data.meds_dataset` reads back.
+"""A store as a MEDS 0.4 data set, which `training.data.meds.reader` reads back.
 
 What is kept: observations, events, static facts, mortality, the exact time of a death, lengths of
-stay and record, splits. What is not: phenotypes (they are labels, see `training.meds_export`), a
+stay and record, splits. What is not: phenotypes (they are labels, see `export`), a
 time of death that is known only as an interval, and values beyond single precision.
 
 A patient dies once. Where several ICU stays are of the hospital stay that ended in death, all have
@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from llm4ehr import __version__
 from llm4ehr.store import EpisodeStore, StoreError
 from llm4ehr.variables import VARIABLES
-from training.data.meds_stays import DAYS_PER_YEAR, SPLITS
-from training.meds_calendar import EPOCH, US_PER_HOUR, new_folder, places
+from training.data.meds.calendar import EPOCH, US_PER_HOUR, new_folder, places
+from training.data.meds.stays import DAYS_PER_YEAR, SPLITS
 
 MEDS_VERSION = "0.4.1"
 SUBJECTS_PER_FILE = 2048

@@ -1,7 +1,7 @@
 """The extraction report: what is in an episode store, beside what was expected of its source.
 
 `build_report` reads a store once and returns the report as JSON-able values, with the results of
-the quality gates (`training.data.gates`); `write_report` writes it as JSON and as one HTML page.
+the quality gates (`gates`); `write_report` writes it as JSON and as one HTML page.
 The same store always gives the same report. It holds no row and no id of a patient, but small
 counts are not suppressed: it falls under the same agreement as its source.
 """
@@ -18,9 +18,9 @@ import polars as pl
 
 from llm4ehr.store_tables import INFO_FILE, StoreInfo
 from llm4ehr.variables import VARIABLES, Variable
-from training.data.gates import is_unreadable, judge, short_digests
 from training.data.phenotypes import PHENOTYPES
-from training.data.report_labels import (
+from training.data.report.gates import is_unreadable, judge, short_digests
+from training.data.report.labels import (
     COUNTS,
     LOS_BUCKETS,
     LabelCounts,
@@ -28,8 +28,8 @@ from training.data.report_labels import (
     los_bucket,
     phenotype_counts,
 )
-from training.data.report_page import render
-from training.data.report_scan import Scanned, histogram, quantiles, scan_store
+from training.data.report.page import render
+from training.data.report.scan import Scanned, histogram, quantiles, scan_store
 
 if TYPE_CHECKING:
     from training.data.extraction import Expected, Step

@@ -8,7 +8,7 @@ import polars as pl
 
 from training.data.csv_table import require
 from training.data.extraction import Cohort, Step, exact_death, split_by_subject
-from training.data.mimic_times import hours_after, timed_table
+from training.data.mimic.times import hours_after, timed_table
 from training.data.phenotypes import phenotypes
 from training.data.sources import Tally
 

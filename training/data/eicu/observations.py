@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import polars as pl
 
 from training.data.cleaning import within_limits
-from training.data.eicu_tables import count_early, hours, known_hours, number, of_cohort
+from training.data.eicu.files import count_early, hours, known_hours, number, of_cohort
 from training.data.gcs import NORMAL, totals
 from training.data.sources import Tally
 

@@ -22,7 +22,7 @@ from training.data.csv_table import CsvTable
 from training.data.extraction import Chunk
 from training.data.parquet_table import ParquetTable
 from training.data.sources import SourceError
-from training.data.user_table_check import trimmed
+from training.data.user_table.check import trimmed
 
 
 @dataclass(frozen=True, slots=True)

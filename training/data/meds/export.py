@@ -1,7 +1,7 @@
 """Labels of a store, and predictions for it, in the format of MEDS 0.4.
 
 Rows carry the subject and a `prediction_time`: the last microsecond of the data that may be used,
-on the calendar of `training.meds_calendar`. `stays.parquet` tells which stay was put where.
+on the calendar of `training.data.meds.calendar`. `stays.parquet` tells which stay was put where.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from llm4ehr.store import EpisodeRecord, EpisodeStore, StoreError
+from training.data.meds.calendar import US_PER_HOUR, new_folder, places
 from training.data.phenotypes import PHENOTYPES
 from training.labels import DEFAULT_LABELS, LabelOptions, certain, phenotype_flags, record_labels
-from training.meds_calendar import US_PER_HOUR, new_folder, places
 
 MORTALITY_HOUR = 48
 """Whole hours after admission at which mortality is asked, as the MIMIC-III benchmark does."""

@@ -15,7 +15,10 @@ import polars as pl
 from llm4ehr.store import StoreInfo
 from training.data.csv_table import require
 from training.data.extraction import Cohort, Expected, Items, Scan
-from training.data.mimic import (
+from training.data.mimic.mimic3_benchmark import benchmark_observations
+from training.data.mimic.mimic3_cohort import read_cohort, rows_of_stays
+from training.data.mimic.mimic3_published import PUBLISHED
+from training.data.mimic.shared import (
     LAB_DELAY_HOURS,
     chart_items,
     chart_observations,
@@ -28,10 +31,7 @@ from training.data.mimic import (
     with_specimen,
     without_lab_copies,
 )
-from training.data.mimic3_benchmark import benchmark_observations
-from training.data.mimic3_cohort import read_cohort, rows_of_stays
-from training.data.mimic3_published import PUBLISHED
-from training.data.mimic_times import count_unreadable, hours_after, read_time
+from training.data.mimic.times import count_unreadable, hours_after, read_time
 from training.data.sources import SourceError, Tally, licence_of
 
 Profile = Literal["strict", "benchmark"]
@@ -142,7 +142,7 @@ class Mimic3:
             source="mimic3",
             licence=licence_of(source),
             citation=_CITATION,
-            created_by="training.data.mimic3",
+            created_by="training.data.mimic.mimic3",
             label_notes=_LABEL_NOTES,
             options={
                 "profile": profile,

@@ -12,9 +12,9 @@ import polars as pl
 
 from training.data.codes import CODES
 from training.data.csv_table import CsvTable
-from training.data.eicu_drugs import drug_name
-from training.data.eicu_observations import LAB_VARIABLES
-from training.data.eicu_tables import count_early, hours, known_hours, number, of_cohort, whole
+from training.data.eicu.drugs import drug_name
+from training.data.eicu.files import count_early, hours, known_hours, number, of_cohort, whole
+from training.data.eicu.observations import LAB_VARIABLES
 from training.data.sources import Tally
 from training.data.tables import load
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from training.data.eicu_tables import KEY
+from training.data.eicu.files import KEY
 from training.data.extraction import Cohort, Step, exact_death, split_by_subject
 from training.data.phenotypes import phenotypes
 from training.data.sources import Tally

@@ -23,8 +23,8 @@ from training.data import gcs
 from training.data.cleaning import EVENT_COLUMNS, OBSERVATION_COLUMNS
 from training.data.csv_table import DType
 from training.data.extraction import Cohort, Expected, Items, Scan
-from training.data.meds_code_map import fits, load_code_map, shipped_code_map
-from training.data.meds_stays import find_stays, hours_since_admission, labelled_tasks
+from training.data.meds.code_map import fits, load_code_map, shipped_code_map
+from training.data.meds.stays import find_stays, hours_since_admission, labelled_tasks
 from training.data.parquet_table import ParquetTable
 from training.data.sources import SourceError, Tally
 from training.data.unit_conversion import with_canonical
@@ -33,7 +33,7 @@ _INFO = StoreInfo(
     source="meds",
     licence="not stated",
     citation="",
-    created_by="training.data.meds_dataset",
+    created_by="training.data.meds.reader",
     label_notes={
         "mortality": (
             "The hospital discharge that ends the stay says so, or the death is not after it; null "
@@ -69,8 +69,8 @@ _ROLE = {
 class Meds:
     """The data set in the folder `source`. Raises SourceError if there is none.
 
-    `code_map`: a YAML file. Without it, data sets written by `training.meds_export` are read as
-    such, and all others as the public ETL of MIMIC-IV writes them.
+    `code_map`: a YAML file. Without it, data sets that `dataset` wrote are read as such,
+    and all others as the public ETL of MIMIC-IV writes them.
     """
 
     limits = True

@@ -15,9 +15,9 @@ from typing import Literal
 import polars as pl
 
 from llm4ehr.store import StoreInfo
-from training.data import eicu_benchmark, eicu_events, eicu_observations
-from training.data.eicu_cohort import described, strict_stays, with_age
-from training.data.eicu_tables import BEDSIDE, KEY, OPTIONAL, VARIABLE_TABLES, find
+from training.data.eicu import benchmark, events, observations
+from training.data.eicu.cohort import described, strict_stays, with_age
+from training.data.eicu.files import BEDSIDE, KEY, OPTIONAL, VARIABLE_TABLES, find
 from training.data.extraction import Cohort, Expected, Items, Scan
 from training.data.sources import SourceError, Tally, licence_of
 
@@ -94,13 +94,13 @@ class EICU:
                 if not any(name in self._tables for name in tables)
             ),
             tasks=frozenset(tasks),
-            published={} if self.limits else {"stays": eicu_benchmark.PUBLISHED_STAYS},
+            published={} if self.limits else {"stays": benchmark.PUBLISHED_STAYS},
         )
         self.info = StoreInfo(
             source="eicu",
             licence=licence_of(source),
             citation=_CITATION,
-            created_by="training.data.eicu",
+            created_by="training.data.eicu.reader",
             label_notes={task: note for task, note in _LABELS[profile].items() if task in tasks},
             options={"profile": profile},
         )
@@ -115,7 +115,7 @@ class EICU:
                 tally.refused[f"table-absent:{name}"] += 1
         patients = with_age(self._patient.read())
         if self._benchmark:
-            stays, steps = eicu_benchmark.benchmark_stays(
+            stays, steps = benchmark.benchmark_stays(
                 patients, self._tables["nurseCharting"], self._tables["lab"]
             )
         else:
@@ -131,20 +131,20 @@ class EICU:
             pl.col("_id").alias(KEY), stay=pl.int_range(pl.len(), dtype=pl.Int32)
         )
         selects: dict[str, Callable[..., pl.DataFrame]] = {
-            "nurseCharting": partial(eicu_observations.select_charting, benchmark=self._benchmark),
-            "vitalPeriodic": eicu_observations.select_monitor,
-            "vitalAperiodic": eicu_observations.select_monitor,
-            "lab": eicu_events.select_labs,
-            "respiratoryCharting": eicu_observations.select_oxygen,
-            "physicalExam": eicu_observations.select_exam,
-            "infusionDrug": eicu_events.select_infusions,
-            "treatment": eicu_events.select_treatments,
+            "nurseCharting": partial(observations.select_charting, benchmark=self._benchmark),
+            "vitalPeriodic": observations.select_monitor,
+            "vitalAperiodic": observations.select_monitor,
+            "lab": events.select_labs,
+            "respiratoryCharting": observations.select_oxygen,
+            "physicalExam": observations.select_exam,
+            "infusionDrug": events.select_infusions,
+            "treatment": events.select_treatments,
         }
         if self._benchmark:
             for name in ("vitalPeriodic", "vitalAperiodic", "respiratoryCharting", "physicalExam"):
                 del selects[name]
         if self._ingredients is not None:
-            selects["medication"] = partial(eicu_events.select_orders, names=self._ingredients)
+            selects["medication"] = partial(events.select_orders, names=self._ingredients)
         return [
             Scan(name, self._tables[name], partial(_select, select, stays))
             for name, select in selects.items()
@@ -154,14 +154,14 @@ class EICU:
     @cached_property
     def _ingredients(self) -> pl.DataFrame | None:
         medication = self._tables.get("medication")
-        return None if medication is None else eicu_events.ingredient_names(medication)
+        return None if medication is None else events.ingredient_names(medication)
 
     def assemble(
         self, stays: pl.DataFrame, items: Mapping[str, pl.DataFrame], tally: Tally
     ) -> Items:
         """Observations and events of a block of stays."""
-        make = eicu_benchmark.observations if self._benchmark else eicu_observations.observations
-        return Items(make(items, tally), *eicu_events.events(items, tally))
+        make = benchmark.observations if self._benchmark else observations.observations
+        return Items(make(items, tally), *events.events(items, tally))
 
 
 def _select(

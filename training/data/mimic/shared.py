@@ -15,7 +15,7 @@ import polars as pl
 
 from training.data import gcs
 from training.data.codes import CODES
-from training.data.mimic_units import in_usual_unit
+from training.data.mimic.units import in_usual_unit
 from training.data.sources import SourceError, Tally
 from training.data.tables import load
 

@@ -2,7 +2,7 @@
 
 The tables are read twice: once to check every row, so that a file which is wrong is known before
 anything is built and the report of a run that was stopped and goes on is whole, and once to extract
-them. Both readings apply the same rules (`user_table_check`, `user_table_items`).
+them. Both readings apply the same rules (`check`, `items`).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from training.data.extraction import (
     exact_death,
     split_by_subject,
 )
-from training.data.meds_stays import labelled_tasks
+from training.data.meds.stays import labelled_tasks
 from training.data.phenotypes import phenotypes
 from training.data.sources import SourceError, Tally
 from training.data.unit_conversion import variables_named
-from training.data.user_table_check import (
+from training.data.user_table.check import (
     FileReport,
     Report,
     check_diagnoses,
     check_stays,
     with_moments,
 )
-from training.data.user_table_files import LAYOUTS, open_table
-from training.data.user_table_items import (
+from training.data.user_table.files import LAYOUTS, open_table
+from training.data.user_table.items import (
     CODE_COLUMNS,
     Clock,
     check_codes,
@@ -51,7 +51,7 @@ _INFO = StoreInfo(
     source="table",
     licence="not stated: a unit's own data",
     citation="",
-    created_by="training.data.user_table",
+    created_by="training.data.user_table.reader",
     label_notes={
         "mortality": "The column mortality of stays: death in hospital.",
         "length_of_stay": "los_hours of stays; with date-times, from admission to discharge.",

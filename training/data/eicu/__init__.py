@@ -1,0 +1,1 @@
+"""The eICU Collaborative Research Database."""

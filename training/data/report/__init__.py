@@ -1,0 +1,1 @@
+"""The report of an extraction, and its quality gates."""
