@@ -13,7 +13,6 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, cast
 
 import polars as pl
 from polars.exceptions import PolarsError
@@ -26,6 +25,7 @@ DType = type[pl.DataType] | pl.DataType
 
 CHUNK_ROWS = 500_000
 TEXT_BYTES = 32 * 2**20  # of text at once where lines count: a third of a million chart rows
+_PIECE_BYTES = 2**17
 # How far back from the end of a chunk to look for a line end that is not inside quotes. Where there
 # is none, the odd quote is taken for a stray one, such as inches in free text.
 _QUOTED_LINES_REACH = 2**20
@@ -193,19 +193,24 @@ class CsvTable:
         line = 1
         try:
             with self.path.open("rb") as raw:
-                stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if self._is_gzip else raw)
-                while block := stream.read(size):
-                    yield block, raw.tell()
-                    line += block.count(b"\n")
+                stream = gzip.GzipFile(fileobj=raw) if self._is_gzip else raw
+                pieces: list[bytes] = []
+                # Small pieces, so that what can still be read of a damaged file tells the line.
+                while piece := stream.read1(min(size, _PIECE_BYTES)):
+                    pieces.append(piece)
+                    line += piece.count(b"\n")
+                    if sum(map(len, pieces)) >= size:
+                        yield b"".join(pieces), raw.tell()
+                        pieces = []
+                if pieces:
+                    yield b"".join(pieces), raw.tell()
         except EOFError as error:
             raise SourceError(
-                f"{self.path}: line {line} or later: the gzip stream ends early; the file was not "
-                "downloaded or copied to its end"
+                f"{self.path}: line {line}: the gzip stream ends early; the file was not downloaded "
+                "or copied to its end"
             ) from error
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise SourceError(
-                f"{self.path}: line {line} or later: the gzip stream is damaged"
-            ) from error
+            raise SourceError(f"{self.path}: line {line}: the gzip stream is damaged") from error
         except OSError as error:
             raise SourceError(f"{self.path}: {error.strerror}") from error
 

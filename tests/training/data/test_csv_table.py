@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 
 import polars as pl
@@ -199,8 +200,19 @@ def test_a_truncated_gzip_is_named(tmp_path: Path, share: float, way: str) -> No
     path = write(tmp_path, rows(5000), "events.csv.gz")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(SourceError, match=r"events\.csv\.gz: line \d+ or later: .*ends early"):
+    with pytest.raises(SourceError, match=r"events\.csv\.gz: line \d+: .*ends early"):
         list(getattr(table(path, text_bytes=1000), way)())
+
+
+def test_the_line_of_a_truncated_gzip_is_the_one_that_is_cut(tmp_path: Path) -> None:
+    path = write(tmp_path, rows(200_000), "events.csv.gz")
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(half)
+    readable = zlib.decompressobj(wbits=31).decompress(half).count(b"\n")
+    with pytest.raises(SourceError) as error:
+        list(table(path).chunks())
+    line = int(str(error.value).partition("line ")[2].partition(":")[0])
+    assert readable - 5000 < line <= readable + 1
 
 
 @pytest.mark.parametrize("way", ["chunks", "read"])
@@ -209,7 +221,7 @@ def test_a_damaged_gzip_is_named(tmp_path: Path, way: str) -> None:
     content = bytearray(path.read_bytes())
     content[-6] ^= 0xFF  # the checksum
     path.write_bytes(content)
-    with pytest.raises(SourceError, match=r"events\.csv\.gz: line \d+ or later: .*damaged"):
+    with pytest.raises(SourceError, match=r"events\.csv\.gz: line \d+: .*damaged"):
         list(getattr(table(path, text_bytes=1000), way)())
 
 
