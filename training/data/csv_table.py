@@ -206,8 +206,8 @@ class CsvTable:
                     yield b"".join(pieces), raw.tell()
         except EOFError as error:
             raise SourceError(
-                f"{self.path}: line {line}: the gzip stream ends early; the file was not downloaded "
-                "or copied to its end"
+                f"{self.path}: line {line}: the gzip stream ends early; the file was not "
+                "downloaded or copied to its end"
             ) from error
         except (gzip.BadGzipFile, zlib.error) as error:
             raise SourceError(f"{self.path}: line {line}: the gzip stream is damaged") from error
