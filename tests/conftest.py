@@ -300,5 +300,5 @@ def llm4ehr_data() -> Path:
     """The folder with the whole open data sets; tests that need it are skipped without."""
     folder = os.environ.get("LLM4EHR_DATA")
     if not folder or not Path(folder).is_dir():
-        pytest.skip("LLM4EHR_DATA names no folder with physionet2012/ and physionet2019/")
+        pytest.skip("LLM4EHR_DATA names no folder with the open data sets, see docs/training.md")
     return Path(folder)
