@@ -29,7 +29,6 @@ class _State:
     """How far a pass has come."""
 
     rows: int = 0
-    kept: int = 0
     parts: int = 0
     done: bool = False
     refused: dict[str, int] = field(default_factory=dict)
@@ -50,11 +49,6 @@ class Spill:
     def rows(self) -> int:
         """Rows of the table that were read."""
         return self._state.rows
-
-    @property
-    def kept(self) -> int:
-        """Rows that the scan kept."""
-        return self._state.kept
 
     def fill(self, on_progress: Callable[[int, int], None]) -> None:
         """Pass over the rest of the table. `on_progress(bytes read, rows read)` after each chunk.
@@ -81,7 +75,6 @@ class Spill:
                 )
                 unfinished.replace(part)
                 state.parts += 1
-                state.kept += len(kept)
             state.done = done
             state.refused, state.repaired = dict(tally.refused), dict(tally.repaired)
             unfinished = self._folder / f"{_STATE}.unfinished"

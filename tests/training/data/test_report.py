@@ -1,62 +1,37 @@
-"""The extraction report: every number by hand on three stays, the rest against the model's code."""
+"""The report of an extraction: its figures."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import tempfile
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm4ehr.episode import Episode, hourly_grid, variable_indices
-from llm4ehr.store import CodeInfo, EpisodeStore, Outcome
+from llm4ehr.store import CodeInfo, EpisodeStore
 from llm4ehr.variables import VARIABLES
-from tests.training.data.report_store import died, stay, write_store
-from training.data.extraction import Expected, Step
+from tests.training.data.report_source import (
+    EVENTS,
+    EXPECTED,
+    OBSERVATIONS,
+    REFUSED,
+    STAYS,
+    WATERFALL,
+    _variable,
+)
+from tests.training.data.report_store import stay, write_store
+from training.data.extraction import Expected
 from training.data.report.build import build_report, figures, write_report
-from training.data.report.figures import decompensation, histogram
-from training.data.report.labels import count_labels, los_bucket, sample_hours
+from training.data.report.labels import los_bucket
 from training.data.report.scan import histogram as histogram_of
 from training.data.report.scan import hourly_values, quantiles, scan_store
-from training.labels import certain, hourly_labels
-
-STAYS = [
-    # Sample times 5..8: the ninth and tenth hour come after the death.
-    stay("1", subject_id="p", split="a", los_hours=10.0, sex="male", age_years=40.0, **died(8.0))
-    | {"phenotypes": ["Shock"]},
-    # Sample times 7..10: the first observation became known at 6.5.
-    stay("2", subject_id="q", split="b", los_hours=30.5, mortality=False, phenotypes=[]),
-    # Without an observation there is no sample time.
-    stay("3", subject_id="q", split="b", n_hours=60, los_hours=60.0, mortality=False),
-]
-OBSERVATIONS = [
-    ("1", "hr", 0.2, None, 80.0),
-    ("1", "hr", 0.9, None, 90.0),  # hour 0 has 90, its last value
-    ("1", "hr", 1.5, 2.5, 100.0),  # taken in hour 1, known in hour 2
-    ("1", "sbp", 0.5, None, 120.0, 0),
-    ("1", "sbp", 0.6, None, 300.5, 1),  # not plausible; the preferred source goes first
-    ("2", "hr", 6.1, 6.5, 15.0),  # not plausible
-]
-EVENTS = [
-    ("1", "LOINC/2160-0", 1.0, 3.0, 1.0),
-    ("2", "LOINC/2160-0", 1.0, 2.0, 2.0),
-    ("2", "LOINC/2160-0", 3.0, None, 4.0),
-    ("1", "X/start", 2.0, None, None),
-]
-REFUSED = {"outside-limits:hr": 3, "not-a-number:hr": 1, "outside-limits:sbp": 1}
-WATERFALL = (Step("all", 6, 4, 60), Step("adults", 3, 2, 40))
-EXPECTED = Expected(
-    published={"stays": 30, "mortality.positive": 20, "observed.hr": 0.025, "mean.hr": 136.6667}
-)
 
 
 @pytest.fixture
@@ -71,10 +46,6 @@ def store(tmp_path: Path) -> Path:
 @pytest.fixture
 def report(store: Path) -> dict[str, Any]:
     return build_report(store, WATERFALL, EXPECTED)
-
-
-def _variable(report: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(v for v in report["variables"] if v["name"] == name)
 
 
 def test_description(report: dict[str, Any], store: Path) -> None:
@@ -178,69 +149,6 @@ def test_only_the_top_codes_are_listed(tmp_path: Path) -> None:
     assert [row["code"] for row in events["top"]] == list(codes)[:30]
     assert events["codes"] == 40
     assert events["top_share"] == pytest.approx(sum(range(11, 41)) / sum(range(1, 41)), rel=1e-5)
-
-
-def test_label_instances(report: dict[str, Any]) -> None:
-    labels = report["labels"]
-    assert labels["outcomes"] == {
-        "died": 1, "survived": 2, "death_time_known": 1, "los_known": 3,
-    }  # fmt: skip
-    assert labels["instances"]["column"] == "split"
-    a, b = labels["instances"]["groups"]
-    assert a == {
-        "name": "a", "mortality_stays": 0, "mortality_positive": 0, "decompensation_positive": 4,
-        "decompensation_negative": 0, "decompensation_uncertain": 0, "remaining_los_hours": 4,
-        "phenotyping_stays": 1,
-    }  # fmt: skip
-    assert (b["decompensation_negative"], b["remaining_los_hours"]) == (4, 4)
-    assert b["phenotyping_stays"] == 1
-    assert labels["instances"]["all"]["remaining_los_hours"] == 8
-    by_hour = {row["hour"]: row for row in labels["decompensation_by_hour"]}
-    assert sorted(by_hour) == [5, 6, 7, 8, 9, 10]
-    assert by_hour[5] == {"hour": 5, "stays": 1, "positive": 1, "negative": 0, "share": 1.0}
-    assert by_hour[7] == {"hour": 7, "stays": 2, "positive": 1, "negative": 1, "share": 0.5}
-    # 10 hours, 30.5 and 60; the samples of stay 2 have 20.5 to 23.5 hours left.
-    days = {row["days"]: (row["stays"], row["hours_left"]) for row in labels["los_days"]}
-    assert days["<1"] == (1, 8)
-    assert (days["1-2"][0], days["2-3"][0]) == (1, 1)
-    shock = next(p for p in labels["phenotypes"] if p["name"] == "Shock")
-    assert (len(labels["phenotypes"]), shock["stays"], shock["share"]) == (25, 1, 0.5)
-
-
-def test_mortality_needs_48_hours_and_an_observation_in_them(tmp_path: Path) -> None:
-    stays = [
-        stay("1", los_hours=48.0, mortality=True, n_hours=48),
-        stay("2", los_hours=47.9, mortality=True, n_hours=48),
-        stay("3", los_hours=90.0, mortality=False, n_hours=90),  # first observed after hour 48
-        stay("4", los_hours=90.0, n_hours=90),  # outcome not known
-        stay("5", mortality=False, n_hours=50),  # the record stands for the stay
-    ]
-    observations = [(s["episode_id"], "hr", 1.0, None, 80.0) for s in stays]
-    observations[2] = ("3", "hr", 49.0, None, 80.0)
-    report = build_report(write_store(tmp_path / "s", stays, observations), (), Expected())
-    found = report["labels"]["instances"]["all"]
-    assert (found["mortality_stays"], found["mortality_positive"]) == (2, 1)
-
-
-def test_a_death_known_to_the_day_is_uncertain(tmp_path: Path) -> None:
-    """Death in [48, 72): certain from time 48 on, possible from 25 on."""
-    row = stay("1", n_hours=60, los_hours=80.0, mortality=True)
-    row |= {"death_hours_low": 48.0, "death_hours_high": 72.0}
-    store = write_store(tmp_path / "s", [row], [("1", "hr", 0.0, None, 80.0)])
-    found = build_report(store, (), Expected())["labels"]["instances"]["all"]
-    assert found["decompensation_negative"] == 24 - 5 + 1
-    assert found["decompensation_uncertain"] == 47 - 25 + 1
-    assert found["decompensation_positive"] == 60 - 48 + 1
-
-
-def test_instances_go_by_the_split_of_the_benchmark(tmp_path: Path) -> None:
-    stays = [stay("1", benchmark_split="train", phenotypes=[]), stay("2", phenotypes=[])]
-    instances = build_report(write_store(tmp_path / "s", stays), (), Expected())["labels"][
-        "instances"
-    ]
-    assert instances["column"] == "benchmark_split"
-    found = [(g["name"], g["phenotyping_stays"]) for g in instances["groups"]]
-    assert found == [("train", 1), (None, 1)]
 
 
 def test_refused_and_repaired(report: dict[str, Any]) -> None:
@@ -365,66 +273,6 @@ def test_the_report_sees_what_is_read_from_the_store(seed: int) -> None:
     assert dict(scanned.first_hours.iter_rows()) == first
 
 
-_hours = st.floats(0, 80) | st.integers(0, 80).map(float)
-
-
-@st.composite
-def _outcomes(draw: st.DrawFn) -> dict[str, Any]:
-    row = stay("1", n_hours=draw(st.integers(1, 70)))
-    row["los_hours"] = draw(st.none() | _hours)
-    row["mortality"] = draw(st.sampled_from([None, False, True]))
-    if row["mortality"] and draw(st.booleans()):
-        # On an hour, and so close to it that training takes the label for certain.
-        whole = st.integers(1, 80)
-        low = draw(st.floats(0.01, 80) | whole.map(float) | whole.map(lambda h: h - 1e-9))
-        width = draw(st.sampled_from([0.0, 0.5, 24.0]))
-        row["death_hours_low"] = low
-        row["death_hours_high"] = low + width if width else float(np.nextafter(low, np.inf))
-    row["first_hours"] = draw(st.none() | _hours)
-    return row
-
-
-def _seen(n_hours: int, low: float, high: float) -> dict[str, Any]:
-    return stay("1", n_hours=n_hours, mortality=True, first_hours=0.0) | {
-        "death_hours_low": low,
-        "death_hours_high": high,
-    }
-
-
-@settings(max_examples=300)
-@given(_outcomes())
-@example(_seen(30, 4.0, 28.0))  # no sample at time 28
-@example(_seen(10, 6.0, 30.0 - 1e-9))  # at time 6 so close to 1 that it counts as certain
-@example(_seen(10, 6.0, 30.0 + 1e-9))
-def test_instances_are_those_of_training(row: dict[str, Any]) -> None:
-    """`hourly_labels` pairs bin t with time t + 1; every sample time has the same label here."""
-    schema = {
-        "n_hours": pl.Int16, "mortality": pl.Boolean, "phenotypes": pl.List(pl.String),
-        **dict.fromkeys(("los_hours", "death_hours_low", "death_hours_high"), pl.Float64),
-        "first_hours": pl.Float64, "split": pl.String,
-    }  # fmt: skip
-    stays = pl.DataFrame({name: [row[name]] for name in schema}, schema=schema)
-    outcome = Outcome(
-        **{k: row[k] for k in ("mortality", "los_hours", "death_hours_low", "death_hours_high")}
-    )
-    first = math.inf if row["first_hours"] is None else row["first_hours"]
-    labels = hourly_labels(outcome, row["n_hours"], first_observation=first)
-
-    hours = sample_hours(stays)
-    assert hours["hour"].to_list() == (np.flatnonzero(labels.valid) + 1).tolist()
-    at = hours["hour"].to_numpy() - 1
-    for name in ("decompensation", "remaining_los"):
-        ours = hours[name].cast(pl.Float32).fill_null(float("nan")).to_numpy()
-        np.testing.assert_array_equal(ours, getattr(labels, name)[at])
-
-    (found,) = count_labels(stays, "split").instances.to_dicts()
-    known = labels.decompensation[~np.isnan(labels.decompensation)]
-    assert found["decompensation_positive"] == (known == 1).sum()
-    assert found["decompensation_negative"] == (known == 0).sum()
-    assert found["decompensation_uncertain"] == (~certain(known)).sum()
-    assert found["remaining_los_hours"] == (~np.isnan(labels.remaining_los)).sum()
-
-
 def test_los_buckets() -> None:
     hours = pl.DataFrame({"h": [0.0, 23.99, 24.0, 47.0, 191.9, 192.0, 335.9, 336.0, 999.0]})
     assert hours.select(los_bucket("h")).to_series().to_list() == [
@@ -458,146 +306,3 @@ def test_a_histogram_counts_every_value_once(steps: list[int], step: float) -> N
     assert (found["width"] / step) == pytest.approx(round(found["width"] / step))
     # With few values nothing is beyond the robust limits.
     assert found["below"] == found["above"] == 0
-
-
-# The page
-
-
-class _Page(HTMLParser):
-    """Tags that are open, every attribute, and whether each figure is described."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def _page(store: Path, expected: Expected = EXPECTED) -> str:
-    folder = store.parent
-    write_report(build_report(store, WATERFALL, expected), folder)
-    json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return (folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_the_page_stands_alone(store: Path) -> None:
-    text = _page(store)
-    page = _Page(text)
-    assert not page.open
-    tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "link", "img", "iframe", "object", "form"}
-    for _, attributes in page.tags:
-        assert not any(name.startswith("on") for name in attributes)
-        for name in ("src", "href", "xlink:href", "style"):
-            assert name not in attributes or str(attributes[name]).startswith("#")
-    assert "url(" not in text
-    assert "@import" not in text
-    anchors = {str(a["href"])[1:] for tag, a in page.tags if tag == "a"}
-    assert anchors <= {a.get("id") for _, a in page.tags}
-
-
-def test_figures_have_a_title_and_a_description(store: Path) -> None:
-    text = _page(store)
-    drawn = re.findall(r'<svg class="figure".*?</svg>', text, flags=re.DOTALL)
-    assert len(drawn) == 2  # of the two variables; there are too few stays for a curve
-    assert all(re.search(r"<title>.+</title><desc>.+</desc>", figure) for figure in drawn)
-
-
-def test_the_page_begins_with_the_verdict(store: Path) -> None:
-    text = _page(store)
-    verdict = text[text.index('class="verdict') : text.index('id="cohort"')]
-    # Nine variables were never observed, and one of 15 rows could not be read.
-    assert "2 of 8 gates failed" in verdict
-    assert "The variable ph is not observed" in verdict
-    furthest = ["mortality positive", "mean of hr", "share of stay-hours with hr"]
-    assert sorted(furthest, key=verdict.index) == furthest
-    assert "outside-limits" in verdict
-    absent = frozenset(v.name for v in VARIABLES) - {"hr", "sbp"}
-    other = write_store(store.parent / "other", STAYS, OBSERVATIONS, EVENTS)
-    assert "All 8 gates passed" in _page(other, Expected(absent_variables=absent))
-
-
-def test_the_page_escapes_what_it_is_told(tmp_path: Path) -> None:
-    bad = "<script>alert('x')</script>&\""
-    store = write_store(
-        tmp_path / "s",
-        [stay("1", split=bad, benchmark_split=bad, mortality=False, phenotypes=[bad], los_hours=9)],
-        [("1", "hr", 1.0, None, 80.0)], [("1", bad, 1.0, None, 1.0)],
-        codes={bad: CodeInfo(bad, bad)}, source=bad, licence=bad, citation=bad, created_by=bad,
-        label_notes={bad: bad}, options={bad: bad},
-        refused={f"{bad}:{bad}": 1}, repaired={f"{bad}:{bad}": 1},
-    )  # fmt: skip
-    report = build_report(
-        store, (Step(bad, 1, 1),), Expected(tasks=frozenset({bad}), published={bad: 1.0})
-    )
-    write_report(report, tmp_path)
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in text
-    assert text.count("&lt;script&gt;") >= 15
-    assert not _Page(text).open
-
-
-def test_ids_of_patients_and_stays_are_nowhere(tmp_path: Path) -> None:
-    rows = [
-        stay(f"EPISODE{i}", subject_id="SUBJECT", split=str(i), age_years=30.0) for i in range(2)
-    ]
-    bad = [("EPISODE0", "hr", -1.0, -2.0, 80.0), ("EPISODE1", "hr", 99.0, None, 80.0)]
-    store = write_store(tmp_path / "s", rows, bad)
-    write_report(build_report(store, (), Expected()), tmp_path)
-    for file in ("report.json", "report.html"):
-        text = (tmp_path / file).read_text(encoding="utf-8")
-        assert "EPISODE" not in text
-        assert "SUBJECT" not in text
-
-
-def test_a_figure_of_nothing_is_empty() -> None:
-    assert histogram({"histogram": None}) == ""
-    assert decompensation([]) == ""
-
-
-def test_bars_are_as_high_as_their_counts() -> None:
-    variable = {"title": "Heart rate", "unit": "/min", "limits": [0, 350], "plausible": [20, 300]}
-    drawn = histogram(
-        variable | {"histogram": {"start": 59.5, "width": 1.0, "counts": [10, 0, 40]}}
-    )
-    found = re.findall(r'<rect[^>]* y="([\d.]+)"[^>]* height="([\d.]+)"', drawn)
-    assert found == [("66.0", "18.0"), ("12.0", "72.0")]  # standing on 84
-    assert '<line class="limits"' not in drawn  # too far away
-    near = histogram(variable | {"histogram": {"start": -0.5, "width": 1.0, "counts": [1] * 40}})
-    assert near.count('<line class="limits"') == near.count('<line class="plausible"') == 1
-
-
-def test_the_curve_ends_where_few_stays_are_left() -> None:
-    rows = [
-        {"hour": h, "stays": 100 if h < 20 else 9, "positive": 1, "negative": 9, "share": 0.1}
-        for h in range(5, 30)
-    ]
-    drawn = decompensation(rows)
-    assert "<title>Decompensation by hour of stay</title>" in drawn
-    assert "from hour 5 to 19;" in drawn
-
-
-def test_the_scan_holds_no_more_than_counts(tmp_path: Path) -> None:
-    """Ten times the stays with the same values give tables of the same size."""
-    sizes = []
-    for n in (10, 100):
-        stays = [stay(f"{i:03d}", age_years=50.0) for i in range(n)]
-        observations = [
-            (s["episode_id"], "hr", 1.0, 1.5, 60.0 + i % 5) for i, s in enumerate(stays)
-        ]
-        events = [(s["episode_id"], "X/start", 1.0, None, None) for s in stays]
-        scanned = scan_store(write_store(tmp_path / str(n), stays, observations, events))
-        frames = (scanned.variables, scanned.values, scanned.delays, scanned.codes, scanned.faults)
-        sizes.append([len(frame) for frame in frames])
-    assert sizes[0] == sizes[1] == [1, 5, 1, 1, 0]
