@@ -128,3 +128,10 @@ def order(minutes: int, name: str, stop: Any = "", **changes: Any) -> dict[str, 
     times = {"drugorderoffset": minutes, "drugstopoffset": stop}
     named = {"drugname": name, "drugordercancelled": "No"}
     return at("drugstartoffset", minutes, **times, **named) | changes
+
+
+def one_stay(tmp_path: Path) -> Path:
+    """One stay of 50 hours with a heart rate of the monitor."""
+    write(tmp_path, "patient", [patient(1)])
+    write(tmp_path, "vitalPeriodic", [at("observationoffset", 5, heartrate=80)])
+    return tmp_path

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from tests.training.data.report_store import died, stay
+from tests.training.data.report_store import died, stay, write_store
 from training.data.extraction import Expected, Step
 
 STAYS = [
@@ -49,3 +50,11 @@ EXPECTED = Expected(
 
 def _variable(report: dict[str, Any], name: str) -> dict[str, Any]:
     return next(v for v in report["variables"] if v["name"] == name)
+
+
+def known_store(tmp_path: Path) -> Path:
+    """Three stays in two row groups."""
+    return write_store(
+        tmp_path / "store", STAYS, OBSERVATIONS, EVENTS,
+        refused=REFUSED, repaired={"fahrenheit:temp": 2}, options={"profile": "strict"},
+    )  # fmt: skip

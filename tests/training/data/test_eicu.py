@@ -16,6 +16,7 @@ from tests.training.data.eicu_source import (
     drawn,
     exam,
     extract,
+    one_stay,
     order,
     patient,
     write,
@@ -30,10 +31,7 @@ from training.progress import progress_bar
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """One stay of 50 hours with a heart rate of the monitor."""
-    write(tmp_path, "patient", [patient(1)])
-    write(tmp_path, "vitalPeriodic", [at("observationoffset", 5, heartrate=80)])
-    return tmp_path
+    return one_stay(tmp_path)
 
 
 # -------------------------------------------------------------------------------- cohort and labels

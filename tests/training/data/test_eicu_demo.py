@@ -7,16 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.training.data.eicu_source import Extraction, at, extract, patient, write
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """One stay of 50 hours with a heart rate of the monitor."""
-    write(tmp_path, "patient", [patient(1)])
-    write(tmp_path, "vitalPeriodic", [at("observationoffset", 5, heartrate=80)])
-    return tmp_path
-
+from tests.training.data.eicu_source import Extraction, extract
 
 # --------------------------------------------------------------------------------- the demo, golden
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.training.data.eicu_source import at, drawn, extract, order, patient, write
+from tests.training.data.eicu_source import at, drawn, extract, one_stay, order, write
 from training.data.codes import CODES
 from training.data.eicu.drugs import drug_name
 from training.data.eicu.events import lab_codes
@@ -18,10 +18,7 @@ from training.data.eicu.files import COLUMNS
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """One stay of 50 hours with a heart rate of the monitor."""
-    write(tmp_path, "patient", [patient(1)])
-    write(tmp_path, "vitalPeriodic", [at("observationoffset", 5, heartrate=80)])
-    return tmp_path
+    return one_stay(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- events

@@ -9,15 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.training.data.eicu_source import at, charted, drawn, exam, extract, patient, write
+from tests.training.data.eicu_source import (
+    at,
+    charted,
+    drawn,
+    exam,
+    extract,
+    one_stay,
+    patient,
+    write,
+)
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """One stay of 50 hours with a heart rate of the monitor."""
-    write(tmp_path, "patient", [patient(1)])
-    write(tmp_path, "vitalPeriodic", [at("observationoffset", 5, heartrate=80)])
-    return tmp_path
+    return one_stay(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- observations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,33 +24,10 @@ from llm4ehr.store import (
     StoreWriter,
 )
 from llm4ehr.variables import VARIABLES
-from tests.training.data.meds_source import CODES, INFO, ROWS, STAYS, Row, read, record, write_store
+from tests.training.data.meds_source import CODES, INFO, STAYS, read, record, write_store
 from training.data.meds.calendar import EPOCH, places
 from training.data.meds.dataset import write_dataset
 from training.data.prepare import prepare
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Callable[..., Path]:
-    """`source(rows, ...)`: an official folder, one file a subject."""
-
-    def make(rows: Sequence[Row] = ROWS, splits: dict[int, str] | None = None) -> Path:
-        schema = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String}
-        frame = pl.DataFrame(
-            list(rows), schema=schema | {"numeric_value": pl.Float32}, orient="row"
-        )
-        folder = tmp_path / "meds"
-        (folder / "data" / "train").mkdir(parents=True)
-        (folder / "metadata").mkdir()
-        for (subject,), part in frame.partition_by("subject_id", as_dict=True).items():
-            part.write_parquet(folder / "data" / "train" / f"{subject}.parquet")
-        if splits is not None:
-            pl.DataFrame(
-                {"subject_id": list(splits), "split": list(splits.values())}
-            ).write_parquet(folder / "metadata" / "subject_splits.parquet")
-        return folder
-
-    return make
 
 
 @pytest.fixture

@@ -8,19 +8,7 @@ import duckdb
 import polars as pl
 import pytest
 
-from tests.training.data.mimic4_source import Extract, Extraction, Rows, write
-
-
-@pytest.fixture
-def extract(tmp_path: Path) -> Extract:
-    """`extract(*parts)`: extraction of a set made up of patients and rows."""
-
-    def run(*parts: Rows, without: tuple[str, ...] = (), **options: float) -> Extraction:
-        source = write(tmp_path / "mimic-iv", *parts, without=without)
-        return Extraction(source, tmp_path, **options)
-
-    return run
-
+from tests.training.data.mimic4_source import Extraction
 
 # The demo. Times in comments are those of the files, hours are since `intime` of icustays.csv.gz.
 

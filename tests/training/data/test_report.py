@@ -25,6 +25,7 @@ from tests.training.data.report_source import (
     STAYS,
     WATERFALL,
     _variable,
+    known_store,
 )
 from tests.training.data.report_store import stay, write_store
 from training.data.extraction import Expected
@@ -36,11 +37,7 @@ from training.data.report.scan import hourly_values, quantiles, scan_store
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Three stays in two row groups."""
-    return write_store(
-        tmp_path / "store", STAYS, OBSERVATIONS, EVENTS,
-        refused=REFUSED, repaired={"fahrenheit:temp": 2}, options={"profile": "strict"},
-    )  # fmt: skip
+    return known_store(tmp_path)
 
 
 @pytest.fixture

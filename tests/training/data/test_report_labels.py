@@ -14,12 +14,9 @@ from hypothesis import strategies as st
 
 from llm4ehr.store import Outcome
 from tests.training.data.report_source import (
-    EVENTS,
     EXPECTED,
-    OBSERVATIONS,
-    REFUSED,
-    STAYS,
     WATERFALL,
+    known_store,
 )
 from tests.training.data.report_store import stay, write_store
 from training.data.extraction import Expected
@@ -30,11 +27,7 @@ from training.labels import certain, hourly_labels
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Three stays in two row groups."""
-    return write_store(
-        tmp_path / "store", STAYS, OBSERVATIONS, EVENTS,
-        refused=REFUSED, repaired={"fahrenheit:temp": 2}, options={"profile": "strict"},
-    )  # fmt: skip
+    return known_store(tmp_path)
 
 
 @pytest.fixture

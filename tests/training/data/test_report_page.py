@@ -6,7 +6,6 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,9 +15,9 @@ from tests.training.data.report_source import (
     EVENTS,
     EXPECTED,
     OBSERVATIONS,
-    REFUSED,
     STAYS,
     WATERFALL,
+    known_store,
 )
 from tests.training.data.report_store import stay, write_store
 from training.data.extraction import Expected, Step
@@ -29,16 +28,7 @@ from training.data.report.scan import scan_store
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Three stays in two row groups."""
-    return write_store(
-        tmp_path / "store", STAYS, OBSERVATIONS, EVENTS,
-        refused=REFUSED, repaired={"fahrenheit:temp": 2}, options={"profile": "strict"},
-    )  # fmt: skip
-
-
-@pytest.fixture
-def report(store: Path) -> dict[str, Any]:
-    return build_report(store, WATERFALL, EXPECTED)
+    return known_store(tmp_path)
 
 
 # The page

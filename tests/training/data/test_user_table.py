@@ -13,7 +13,14 @@ import pytest
 from llm4ehr.episode import Statics
 from llm4ehr.store import EpisodeStore
 from llm4ehr.variables import VARIABLES
-from tests.training.data.user_table_source import OBSERVATIONS, PAGE, STAYS, read, refused_rows
+from tests.training.data.user_table_source import (
+    OBSERVATIONS,
+    PAGE,
+    STAYS,
+    read,
+    refused_rows,
+    tables_in,
+)
 from training.cli import main
 from training.data.extraction import Expected
 from training.data.prepare import prepare
@@ -23,15 +30,7 @@ from training.data.user_table.reader import UserTables, check
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """`folder(stays=..., observations=..., ...)`: text of the files, with usable defaults."""
-
-    def make(**files: str) -> Path:
-        defaults = {"stays": STAYS + "s1,p1,48,no,\n", "observations": OBSERVATIONS}
-        for name, text in (defaults | files).items():
-            (tmp_path / f"{name}.csv").write_text(text)
-        return tmp_path
-
-    return make
+    return tables_in(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llm4ehr.variables import VARIABLES, UnitError, convert
-from tests.training.data.user_table_source import OBSERVATIONS, STAYS, read, reasons, refused_rows
+from tests.training.data.user_table_source import (
+    OBSERVATIONS,
+    STAYS,
+    read,
+    reasons,
+    refused_rows,
+    tables_in,
+)
 from training.data.sources import SourceError
 from training.data.unit_conversion import with_canonical
 from training.data.user_table.check import with_moments
@@ -23,15 +30,7 @@ from training.data.user_table.reader import check
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """`folder(stays=..., observations=..., ...)`: text of the files, with usable defaults."""
-
-    def make(**files: str) -> Path:
-        defaults = {"stays": STAYS + "s1,p1,48,no,\n", "observations": OBSERVATIONS}
-        for name, text in (defaults | files).items():
-            (tmp_path / f"{name}.csv").write_text(text)
-        return tmp_path
-
-    return make
+    return tables_in(tmp_path)
 
 
 class TestFiles:

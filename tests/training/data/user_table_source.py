@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -39,3 +40,15 @@ def refused_rows(source: Path, tmp_path: Path) -> list[tuple[str, int, str, str]
     check(source, tmp_path / "rejected")
     rows = pl.read_csv(tmp_path / "rejected")
     return rows.select("file", "line", "column", "reason").rows()
+
+
+def tables_in(tmp_path: Path) -> Callable[..., Path]:
+    """`make(stays=..., observations=..., ...)`: text of the files, with usable defaults."""
+
+    def make(**files: str) -> Path:
+        defaults = {"stays": STAYS + "s1,p1,48,no,\n", "observations": OBSERVATIONS}
+        for name, text in (defaults | files).items():
+            (tmp_path / f"{name}.csv").write_text(text)
+        return tmp_path
+
+    return make
