@@ -37,7 +37,8 @@ class ModelConfig:
     n_event_channels: int
     n_tokens: int
     n_variables: int = 11
-    events: Literal["none", "fused"] = "none"
+    events: Literal["none", "fused", "stream"] = "none"
+    event_window: int | None = None
     ts_norm: Literal["layer", "batch", "none"] = "layer"
     patch_hours: int = 5
     patch_head: Literal["none", "tanh", "ehr_linear_tanh"] = "none"

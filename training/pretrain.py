@@ -50,10 +50,10 @@ def build_model(
             n_tokens=vocabulary.n_tokens,
             n_variables=N_VARIABLES,
             events=options.events,
+            event_window=options.event_window,
             ts_norm=options.ts_norm,
             patch_hours=options.patch_hours,
             patch_head=options.patch_head,
-            head=options.head,
             begin_token=loaded is not None and len(loaded.begin) > 0,
         )
     )

@@ -169,11 +169,7 @@ def test_the_paper_preset(tmp_path: Path) -> None:
     }
     assert config.model.backbone.attention_mode == "native"
     assert config.model.backbone.source == "gpt2"
-    assert (config.model.events, config.model.head, config.modality_dropout) == (
-        "none",
-        "linear",
-        0,
-    )
+    assert (config.model.events, config.modality_dropout) == ("none", 0)
     assert config.objective == pretrain_config(tmp_path).objective  # the printed equations
 
 
@@ -181,7 +177,7 @@ def test_the_public_code_preset(tmp_path: Path) -> None:
     config = pretrain_config(tmp_path, preset="public_code")
     assert config.preprocessing.dedupe == "episode_last"
     model = config.model
-    assert (model.ts_norm, model.patch_head, model.head) == ("batch", "ehr_linear_tanh", "mlp")
+    assert (model.ts_norm, model.patch_head) == ("batch", "ehr_linear_tanh")
     assert not model.train_new_tokens
     objective = config.objective
     assert (objective.nce_denominator, objective.reduction) == ("include", "pair_mean")
@@ -202,14 +198,40 @@ def test_the_file_wins_over_its_preset_and_overrides_over_both(tmp_path: Path) -
     assert config.preprocessing.observed_inputs is False  # still the preset's
     assert config.model.events == "fused"
     assert config.model.backbone.attention_mode == "native"
-    assert PRESETS["paper"]["preprocessing"]["bin_edge"] == "right"  # not changed in place
+    assert (
+        PRESETS[PretrainConfig]["paper"]["preprocessing"]["bin_edge"] == "right"
+    )  # not changed in place
 
 
-def test_an_unknown_or_misplaced_preset_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_preset_is_refused(tmp_path: Path) -> None:
     message = error_of(tmp_path, PRETRAIN | {"preset": "papr"})
     assert "'papr' is not one of causal, paper, public_code" in message
-    message = error_of(tmp_path, FINETUNE | {"preset": "paper"}, kind=FinetuneConfig)
-    assert "presets belong to the pre-training" in message
+
+
+def test_the_presets_of_fine_tuning(tmp_path: Path) -> None:
+    paper = load_config(FinetuneConfig, write(tmp_path, FINETUNE | {"preset": "paper"}))
+    assert paper.tuning.strategy == "linear"
+    assert paper.readout == {"mortality": "max", "phenotyping": "last_valid"}
+    assert (paper.head, paper.label_align, paper.los_scale) == ("linear", "bin_start", "days")
+    assert (paper.select_by, paper.optim.optimiser, paper.optim.epochs) == ("last", "adam", 10)
+    public = load_config(FinetuneConfig, write(tmp_path, FINETUNE | {"preset": "public_code"}))
+    assert (public.head, public.hourly_unit) == ("mlp", "patch")
+    assert public.readout["phenotyping"] == "last_row"
+
+
+def test_a_tuning_strategy_by_name_or_with_its_options(tmp_path: Path) -> None:
+    def strategy(tuning: Any) -> dict[str, Any]:
+        path = write(tmp_path, FINETUNE | {"tuning": tuning})
+        return load_config(FinetuneConfig, path).tuning.model_dump()
+
+    assert strategy("linear") == {"strategy": "linear"}
+    assert strategy({"strategy": "adapter", "width": 96})["width"] == 96
+    assert strategy("prompt")["length"] == 20
+    assert strategy({"strategy": "lora"})["rank"] == 8
+    message = error_of(
+        tmp_path, FINETUNE | {"tuning": {"strategy": "linear", "width": 4}}, kind=FinetuneConfig
+    )
+    assert "width" in message
 
 
 # Combinations.

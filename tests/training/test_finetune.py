@@ -23,17 +23,11 @@ from training.config import FinetuneConfig, PretrainConfig, SourceConfig
 from training.dataset import LABEL_COLUMNS, build_features
 from training.evaluate import evaluate, load_scorer
 from training.export import export
-from training.finetune import (
-    Targets,
-    check_apart,
-    finetune,
-    predict,
-    selection_score,
-    task_losses,
-    with_heads,
-)
+from training.finetune import check_apart, finetune
+from training.heads import Targets, predict, selection_score, task_losses
 from training.pretrain import pretrain
 from training.sources import LeakageError, open_sources
+from training.tuning import with_heads
 
 NAN = float("nan")
 TASKS = ("mortality", "remaining_los", "decompensation")
