@@ -62,7 +62,7 @@ def test_what_is_not_written_has_a_default(tmp_path: Path) -> None:
     assert config.objective.tau == 0.02
     assert config.preprocessing.imputation == "causal"
     made = load_config(FinetuneConfig, write(tmp_path, FINETUNE))
-    assert (made.tuning, made.label_align, made.optim.epochs) == ("linear", "bin_end", 10)
+    assert (made.tuning.strategy, made.label_align, made.optim.epochs) == ("linear", "bin_end", 10)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from llm4ehr.offline import score_episodes
 from llm4ehr.store import EpisodeStore
 from training import evaluate as evaluation
 from training import finetune as module
+from training.calibrate import fit_calibration
 from training.config import FinetuneConfig, PretrainConfig, SourceConfig
 from training.dataset import LABEL_COLUMNS, build_features
 from training.evaluate import evaluate, load_scorer
@@ -194,9 +195,9 @@ def test_a_falling_calibration_line_is_not_taken() -> None:
     x = torch.from_numpy(rng.normal(size=(200, 1)))
     y = (rng.random(200) < 1 / (1 + np.exp(-2 * x[:, 0].numpy()))).astype(float)
     stay = list(range(200))
-    fitted = module._fitted_on({"mortality": x}, targets(stay, mortality=y.tolist()))
+    fitted = fit_calibration({"mortality": x}, targets(stay, mortality=y.tolist()))
     assert fitted["platt"]["mortality"][0] > 1
-    fitted = module._fitted_on({"mortality": -x}, targets(stay, mortality=y.tolist()))
+    fitted = fit_calibration({"mortality": -x}, targets(stay, mortality=y.tolist()))
     assert fitted["platt"] == {}
     assert 0 < fitted["thresholds"]["mortality"] < 1
 
