@@ -56,8 +56,27 @@ class Network:
 
     @property
     def causal(self) -> bool:
-        """Whether the network may be streamed: no hour depends on a later one."""
-        return self.preprocessing.causal and self.model.config.backbone.causal
+        """Whether no hour depends on a later one."""
+        config = self.model.config
+        # Whether a code occurs again later decides which of its tokens are kept.
+        foreseeing = config.events == "stream" and self.preprocessing.dedupe == "episode_last"
+        return self.preprocessing.causal and config.backbone.causal and not foreseeing
+
+    @property
+    def not_online(self) -> str | None:
+        """Why the online engine cannot serve this network; None if it can."""
+        if not self.causal:
+            return "this network reads later hours and cannot be streamed"
+        if self.model.config.events == "stream":
+            return (
+                "this network reads events as a second stream (events: stream), which is scored in "
+                "batches only; serve a bundle with events: fused or none"
+            )
+        if self.preprocessing.bin_edge != "left":
+            return "streaming needs hours closed on the left, as the log has them"
+        if self.preprocessing.max_hours > self.model.backbone.context_length:
+            return "the backbone has fewer positions than a stay may have hours"
+        return None
 
     @property
     def preprocessing_digest(self) -> str:

@@ -3,7 +3,8 @@
 Two passes share one backbone. The series pass turns hours into hidden states v, from which heads
 and decoder read; the EHR pass turns event tokens into hidden states z and serves pre-training. With
 `events="fused"` what is known of the events at an hour is also embedded and added to that hour's
-token, so that heads can use labs and drugs in one causal stream.
+token, so that heads can use labs and drugs in one causal stream. With `events="stream"` heads read
+the EHR pass beside the series pass: the state of an hour is v and the z of its latest token.
 
 Shape legend: B episodes, T hours, N tokens, P patches, H hidden, S series features, E event
 channels, V variables.
@@ -11,6 +12,7 @@ channels, V variables.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -28,8 +30,9 @@ TASKS: tuple[Task, ...] = ("decompensation", "mortality", "remaining_los", "phen
 class ModelConfig:
     """Everything needed to rebuild the network.
 
-    `ts_norm` (M8), `patch_head` (M7) and `head` (M15) are the paper's open choices. `heads` maps a
-    task to its number of outputs.
+    `ts_norm` (M8), `patch_head` (M7) and `head` (M15) are the paper's open choices, and so is
+    `event_window` (M20): how many event tokens are read at once, None for the whole context.
+    `heads` maps a task to its number of outputs. Raises ValueError for an odd window.
     """
 
     backbone: BackboneSpec
@@ -45,6 +48,13 @@ class ModelConfig:
     head: Literal["linear", "mlp"] = "linear"
     begin_token: bool = False
     heads: dict[Task, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.event_window is not None and (self.event_window < 2 or self.event_window % 2):
+            raise ValueError(
+                f"event_window {self.event_window}: chunks overlap by half of it, so it must be an "
+                "even number of tokens"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -85,6 +95,11 @@ class LLM4EHR(nn.Module):
         self.config = config
         self.backbone = Backbone(config.backbone)
         hidden = self.backbone.hidden_size
+        if (config.event_window or 0) + config.begin_token > self.backbone.context_length:
+            raise ValueError(
+                f"event_window {config.event_window} is longer than the context of the backbone, "
+                f"{self.backbone.context_length - config.begin_token} event tokens"
+            )
         self.series_encoder = SeriesEncoder(config, hidden)
         # The clinical tokens are a table of their own: the backbone's words stay untouched by any
         # optimiser, weight decay included, and checkpoints stay small.
@@ -101,8 +116,39 @@ class LLM4EHR(nn.Module):
             else self.series_patch
         )
         self.heads = nn.ModuleDict(
-            {task: _head(config.head, hidden, n) for task, n in config.heads.items()}
+            {
+                task: _head(config.head, self.state_size, hidden, n)
+                for task, n in config.heads.items()
+            }
         )
+
+    @property
+    def state_size(self) -> int:
+        """Width of the states that heads read: H, or 2 H with `events="stream"`."""
+        return self.backbone.hidden_size * (2 if self.config.events == "stream" else 1)
+
+    def encode_stay(
+        self,
+        series: Tensor,
+        events: Tensor | None,
+        hour_mask: Tensor,
+        token_ids: Tensor,
+        token_hours: Tensor,
+        token_mask: Tensor,
+    ) -> Tensor:
+        """What heads read: states [B, T, state_size] of `series` [B, T, S] and `events` [B, T, E].
+
+        v_t alone, or with `events="stream"` v_t and s_t: z of the last token whose hour is at most
+        t, zeros before the first. Tokens [B, N], N > 0, stand in time order; without a stream they
+        are not looked at. A causal backbone makes the state of hour t independent of what is later.
+        """
+        v = self.encode_hours(series, events, hour_mask)
+        if self.config.events != "stream":
+            return v
+        z = self.encode_events(token_ids, token_mask)
+        last = _last_tokens(token_hours, token_mask, series.shape[1])[..., None]
+        s = z.gather(1, last.clamp(min=0).expand(-1, -1, z.shape[2]))
+        return torch.cat([v, s.masked_fill(last < 0, 0)], dim=-1)
 
     def encode_hours(
         self,
@@ -124,7 +170,30 @@ class LLM4EHR(nn.Module):
         return hidden
 
     def encode_events(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-        """EHR pass: z [B, N, H] of `token_ids` [B, N]; positions are token order, not time."""
+        """EHR pass: z [B, N, H] of `token_ids` [B, N]; positions are token order, not time.
+
+        A sequence longer than `event_window` W is read in chunks of W that overlap by half: token i
+        is taken from the chunk that starts at max(0, (i // h - 1) h), h = W / 2. So it sees all
+        tokens up to itself or the last h + 1 to W of them, and does not change when more follow.
+        """
+        window, n_tokens = self.config.event_window, token_ids.shape[1]
+        if window is None or n_tokens <= window:
+            return self._encode_chunks(token_ids, token_mask)
+        half = window // 2
+        n_chunks = -(-n_tokens // half) - 1
+        after = (0, (n_chunks + 1) * half - n_tokens)
+        ids_BCW = nn.functional.pad(token_ids, after).unfold(1, window, half)
+        mask_BCW = nn.functional.pad(token_mask, after).unfold(1, window, half)
+        # A chunk serves its second half, and the first one its first half too.
+        needed = mask_BCW[..., half:].any(-1)
+        needed[:, 0] = True
+        z = self._encode_chunks(ids_BCW[needed], mask_BCW[needed])
+        z_BCWH = z.new_zeros(*ids_BCW.shape, z.shape[-1])
+        z_BCWH[needed] = z
+        served = torch.cat([z_BCWH[:, 0, :half], z_BCWH[:, :, half:].flatten(1, 2)], dim=1)
+        return served[:, :n_tokens]
+
+    def _encode_chunks(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         embeds = self.tokens(token_ids)
         n_begin = self.begin.shape[0]
         if n_begin:
@@ -137,7 +206,9 @@ class LLM4EHR(nn.Module):
 
     @property
     def max_tokens(self) -> int:
-        """Longest event sequence of the EHR pass."""
+        """Longest event sequence of the EHR pass; with an `event_window` there is no limit."""
+        if self.config.event_window is not None:
+            return sys.maxsize
         return self.backbone.context_length - self.begin.shape[0]
 
     def reconstruct(self, v: Tensor) -> Tensor:
@@ -145,9 +216,9 @@ class LLM4EHR(nn.Module):
         x: Tensor = self.decoder(v)
         return x
 
-    def predict(self, v: Tensor) -> dict[Task, Tensor]:
-        """Raw head outputs for hidden states [..., H]: task -> [..., n]."""
-        return {task: self.heads[task](v) for task in self.config.heads}
+    def predict(self, states: Tensor) -> dict[Task, Tensor]:
+        """Raw head outputs for states [..., state_size]: task -> [..., n]."""
+        return {task: self.heads[task](states) for task in self.config.heads}
 
     def pool_hours(self, v: Tensor, hour_mask: Tensor) -> Tensor:
         """Mean of v over the hours of each patch that are inside the stay: v' [B, P, H] (Eq. 1)."""
@@ -177,6 +248,16 @@ def _mean_by_patch(x: Tensor, patch: Tensor, mask: Tensor, n: int | None = None)
     return total / patch_counts(index, mask, n).clamp(min=1)[..., None].to(x.dtype)
 
 
+def _last_tokens(token_hours: Tensor, token_mask: Tensor, n_hours: int) -> Tensor:
+    """[B, T] place of the last true token whose hour is at most t; -1 where there is none yet."""
+    there = token_mask & (token_hours >= 0) & (token_hours < n_hours)
+    place = torch.arange(token_hours.shape[1], device=token_hours.device)
+    place = torch.where(there, place, -1)
+    last = place.new_full((token_hours.shape[0], n_hours), -1)
+    last = last.scatter_reduce(1, token_hours.clamp(0, n_hours - 1), place, "amax")
+    return last.cummax(dim=1).values
+
+
 def _two_layers(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU(), nn.Linear(n_out, n_out))
 
@@ -187,7 +268,7 @@ def _norm(kind: Literal["layer", "batch", "none"], hidden: int) -> nn.Module:
     return nn.BatchNorm1d(hidden) if kind == "batch" else nn.Identity()
 
 
-def _head(kind: Literal["linear", "mlp"], hidden: int, n_out: int) -> nn.Module:
+def _head(kind: Literal["linear", "mlp"], n_in: int, hidden: int, n_out: int) -> nn.Module:
     if kind == "linear":
-        return nn.Linear(hidden, n_out)
-    return nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+        return nn.Linear(n_in, n_out)
+    return nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))

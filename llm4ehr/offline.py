@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llm4ehr.bundle import Network
 from llm4ehr.calibration import Calibration
-from llm4ehr.episode import Episode, featurise
+from llm4ehr.episode import Episode, EventTokens, event_tokens, featurise
 from llm4ehr.model import Task
 
 
@@ -37,7 +37,7 @@ class EpisodeScores:
 
     episode_id: str
     raw: dict[Task, NDArray[np.float32]]  # [T, n]
-    hidden: NDArray[np.float32]  # [T, H]
+    hidden: NDArray[np.float32]  # [T, state_size]
     observed: NDArray[np.bool_]  # [T, 11]
 
     def answers(self, calibration: Calibration) -> dict[Task, NDArray[np.float64]]:
@@ -52,7 +52,7 @@ def score_episodes(
     """Score every hour of every stay, in the given order; stays without an hour give no rows."""
     model = network.model.eval()
     device = next(model.parameters()).device
-    hidden_size = model.backbone.hidden_size
+    tokens = [_tokens(network, e) for e in episodes]
     features = [
         featurise(e, network.vocabulary, network.preprocessing, e.n_hours) for e in episodes
     ]
@@ -68,14 +68,15 @@ def score_episodes(
             mask = torch.arange(longest) < torch.from_numpy(lengths[rows])[:, None]
             # A row without a single hour would have nothing to attend to.
             mask[:, 0] = True
-            v = model.encode_hours(series, events, mask.to(device))
-            outputs = {task: out.float().cpu().numpy() for task, out in model.predict(v).items()}
-            hidden = v.float().cpu().numpy()
+            of_tokens = (t.to(device) for t in _padded_tokens([tokens[i] for i in rows]))
+            states = model.encode_stay(series, events, mask.to(device), *of_tokens)
+            outputs = {t: out.float().cpu().numpy() for t, out in model.predict(states).items()}
+            hidden = states.float().cpu().numpy()
         else:
             outputs = {
                 t: np.zeros((len(rows), 0, n), np.float32) for t, n in model.config.heads.items()
             }
-            hidden = np.zeros((len(rows), 0, hidden_size), np.float32)
+            hidden = np.zeros((len(rows), 0, model.state_size), np.float32)
         for row, i in enumerate(rows):
             scores[i] = EpisodeScores(
                 episode_id=episodes[i].episode_id,
@@ -85,6 +86,29 @@ def score_episodes(
             )
     for i in range(len(episodes)):
         yield scores[i]
+
+
+def _tokens(network: Network, episode: Episode) -> EventTokens:
+    """Event tokens of a stay as far as the network reads them."""
+    model, preprocessing = network.model, network.preprocessing
+    n_hours = min(episode.n_hours, preprocessing.max_hours)
+    if model.config.events != "stream" or n_hours == 0:
+        return EventTokens(ids=np.zeros(0, np.int32), hours=np.zeros(0, np.int16))
+    made = event_tokens(episode, network.vocabulary, n_hours, preprocessing)
+    return EventTokens(ids=made.ids[: model.max_tokens], hours=made.hours[: model.max_tokens])
+
+
+def _padded_tokens(
+    tokens: list[EventTokens],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, hours and mask, [B, N] with at least one column."""
+    widest = max(1, *(len(t.ids) for t in tokens))
+    ids = np.zeros((len(tokens), widest), np.int64)
+    hours = np.full((len(tokens), widest), -1, np.int64)
+    for row, made in enumerate(tokens):
+        ids[row, : len(made.ids)] = made.ids
+        hours[row, : len(made.ids)] = made.hours
+    return torch.from_numpy(ids), torch.from_numpy(hours), torch.from_numpy(hours >= 0)
 
 
 def _padded(arrays: list[NDArray[np.float32]], longest: int) -> torch.Tensor:

@@ -60,7 +60,7 @@ def _schema(bundle: Bundle, embeddings: bool) -> pa.Schema:
     fields += [pa.field(name, pa.float32()) for task, name in _COLUMNS.items() if task in heads]
     fields += [pa.field(f"phenotype_{name}", pa.float32()) for name in bundle.phenotypes]
     if embeddings:
-        hidden = bundle.network.model.backbone.hidden_size
+        hidden = bundle.network.model.state_size
         fields.append(pa.field("embedding", pa.list_(pa.float32(), hidden)))
     provenance = {
         "model": bundle.name,

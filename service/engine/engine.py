@@ -235,11 +235,11 @@ class OnlineEngine:
 
     def _new_state(self, request: _Request, features: Features) -> _State:
         max_hours = self._bundle.network.preprocessing.max_hours
-        hidden_size = self._bundle.network.model.backbone.hidden_size
+        state_size = self._bundle.network.model.state_size
         state = _State(
             seq=0,
             features=features,
-            hidden=np.zeros((max_hours, hidden_size), np.float32),
+            hidden=np.zeros((max_hours, state_size), np.float32),
             raw={task: np.zeros((max_hours, n), np.float32) for task, n in self._widths.items()},
             scratch=request.scratch,
         )

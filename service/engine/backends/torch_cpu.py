@@ -24,12 +24,8 @@ class TorchCpuBackend:
     """
 
     def __init__(self, network: Network, *, n_slots: int, max_rows: int) -> None:
-        if not network.causal:
-            raise ValueError("this network reads later hours and cannot be streamed")
-        if network.preprocessing.bin_edge != "left":
-            raise ValueError("streaming needs hours closed on the left, as the log has them")
-        if network.preprocessing.max_hours > network.model.backbone.context_length:
-            raise ValueError("the backbone has fewer positions than a stay may have hours")
+        if reason := network.not_online:
+            raise ValueError(reason)
         # A copy: the attention implementation is a property of the backbone's config.
         self._model = copy.deepcopy(network.model).eval()
         self._model.backbone.model.set_attn_implementation(ATTENTION)
