@@ -335,13 +335,13 @@ PRESETS: dict[type[Strict], dict[str, dict[str, Any]]] = {
     FinetuneConfig: _FINETUNE_PRESETS,
 }
 
-C = TypeVar("C", PretrainConfig, FinetuneConfig)
+C = TypeVar("C", bound=Strict)
 
 
 def load_config(kind: type[C], path: Path, overrides: list[str] | None = None) -> C:
-    """Read a YAML file, apply its preset and `key.path=value` overrides, and validate.
+    """Read a YAML file, apply `key.path=value` overrides and the preset, and validate.
 
-    Raises ConfigError that names the file and every wrong key.
+    An override may name another preset. Raises ConfigError that names the file and every wrong key.
     """
     try:
         body = yaml.safe_load(path.read_text())
@@ -349,10 +349,6 @@ def load_config(kind: type[C], path: Path, overrides: list[str] | None = None) -
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(body, dict):
         raise ConfigError(f"{path}: expected a mapping")
-    preset, presets = body.pop("preset", "causal"), PRESETS[kind]
-    if preset not in presets:
-        raise ConfigError(f"{path}: preset {preset!r} is not one of {', '.join(presets)}")
-    body = _merge(presets[preset], body)
     for override in overrides or []:
         key, eq, value = override.partition("=")
         if not eq:
@@ -364,6 +360,11 @@ def load_config(kind: type[C], path: Path, overrides: list[str] | None = None) -
         for part in reversed(key.split(".")):
             nested = {part: nested}
         body = _merge(body, nested)
+    if presets := PRESETS.get(kind):
+        preset = body.pop("preset", "causal")
+        if preset not in presets:
+            raise ConfigError(f"{path}: preset {preset!r} is not one of {', '.join(presets)}")
+        body = _merge(presets[preset], body)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
