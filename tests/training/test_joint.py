@@ -17,12 +17,13 @@ from llm4ehr.offline import score_episodes
 from llm4ehr.store import EpisodeStore
 from training import chain as chain_module
 from training import evaluate as evaluation
+from training.card import DataSet
 from training.chain import OPEN_DATA, chain, prepare_stores
 from training.config import FinetuneConfig
 from training.crossvalidate import crossvalidate
 from training.data.phenotypes import PHENOTYPES
 from training.evaluate import evaluate, load_scorer
-from training.export import DataSet, export
+from training.export import export
 from training.finetune import finetune
 from training.metrics import auroc, macro
 
