@@ -72,9 +72,12 @@ class Network:
                 "this network reads events as a second stream (events: stream), which is scored in "
                 "batches only; serve a bundle with events: fused or none"
             )
+        prompt = self.model.config.prompt
+        if prompt is not None and prompt.position == "suffix":
+            return "this network reads a stay out after its last hour (suffix prompt): batches only"
         if self.preprocessing.bin_edge != "left":
             return "streaming needs hours closed on the left, as the log has them"
-        if self.preprocessing.max_hours > self.model.backbone.context_length:
+        if self.preprocessing.max_hours > self.model.max_hours:
             return "the backbone has fewer positions than a stay may have hours"
         return None
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from llm4ehr.adapters import add_adapters
 from llm4ehr.backbone import Backbone, BackboneSpec
+from llm4ehr.prompts import PromptSpec, SuffixPrompt, make_prompt
 
 Task = Literal["decompensation", "mortality", "remaining_los", "phenotyping"]
 TASKS: tuple[Task, ...] = ("decompensation", "mortality", "remaining_los", "phenotyping")
@@ -47,6 +49,8 @@ class ModelConfig:
     patch_head: Literal["none", "tanh", "ehr_linear_tanh"] = "none"
     head: Literal["linear", "mlp"] = "linear"
     begin_token: bool = False
+    adapter: int | None = None  # width of the bottlenecks in the backbone
+    prompt: PromptSpec | None = None  # M18
     heads: dict[Task, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,7 +67,10 @@ class ModelConfig:
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_json`. Raises TypeError on unknown or missing keys."""
-        return cls(**body | {"backbone": BackboneSpec(**body["backbone"])})
+        backbone, prompt = BackboneSpec(**body["backbone"]), body.get("prompt")
+        return cls(
+            **body | {"backbone": backbone, "prompt": PromptSpec(**prompt) if prompt else None}
+        )
 
 
 class SeriesEncoder(nn.Module):
@@ -121,6 +128,10 @@ class LLM4EHR(nn.Module):
                 for task, n in config.heads.items()
             }
         )
+        # Last, so that the same seed draws the same weights for everything else.
+        if config.adapter is not None:
+            add_adapters(self.backbone, config.adapter)
+        self.prompt = make_prompt(config.prompt, self.backbone) if config.prompt else None
 
     @property
     def state_size(self) -> int:
@@ -161,13 +172,43 @@ class LLM4EHR(nn.Module):
         """Series pass: v [B, T, H].
 
         `series` [B, T, S]; `events` [B, T, E], ignored without fusion; `hour_mask` [B, T] is true
-        inside the stay; `hours` [B, T] are positions, by default 0..T-1. `cache` is the engine's.
+        inside the stay; `hours` [B, T] are positions, by default 0..T-1. `cache` is the engine's,
+        a prompt already in it. Raises ValueError for more than `max_hours`.
         """
         if hours is None:
-            hours = torch.arange(series.shape[1], device=series.device).expand(series.shape[:2])
+            hours = self._hours(series)
         token = self.series_encoder(series, events)
-        hidden: Tensor = self.backbone(token, hour_mask, hours, cache)
+        if self.prompt is None:
+            hidden: Tensor = self.backbone(token, hour_mask, hours, cache)
+        elif cache is not None:  # the prompt is in it
+            hidden = self.backbone(token, hour_mask, hours + self.prompt.shift, cache)
+        else:
+            if hour_mask is None:
+                hour_mask = torch.ones_like(hours, dtype=torch.bool)
+            hidden = self.prompt(self.backbone, token, hour_mask, hours)
         return hidden
+
+    def encode_with_suffix(
+        self, series: Tensor, events: Tensor | None, hour_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `encode_hours`, with the mean state over the suffix prompt: v [B, T, H] and [B, H].
+
+        A stay is read out from the latter. Raises ValueError without a suffix prompt, and for more
+        than `max_hours`.
+        """
+        if not isinstance(self.prompt, SuffixPrompt):
+            raise ValueError("this network has no suffix prompt")
+        token = self.series_encoder(series, events)
+        return self.prompt.with_summary(self.backbone, token, hour_mask, self._hours(series))
+
+    def _hours(self, series: Tensor) -> Tensor:
+        n_hours = series.shape[1]
+        if n_hours > self.max_hours:
+            raise ValueError(
+                f"{n_hours} hours are more than the {self.max_hours} that the positions of the "
+                "backbone leave room for"
+            )
+        return torch.arange(n_hours, device=series.device).expand(series.shape[:2])
 
     def encode_events(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """EHR pass: z [B, N, H] of `token_ids` [B, N]; positions are token order, not time.
@@ -203,6 +244,11 @@ class LLM4EHR(nn.Module):
         positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         z: Tensor = self.backbone(embeds, token_mask, positions)
         return z[:, n_begin:]
+
+    @property
+    def max_hours(self) -> int:
+        """Longest stay of the series pass: what the prompt leaves of the backbone's positions."""
+        return self.backbone.context_length - (self.prompt.n_positions if self.prompt else 0)
 
     @property
     def max_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from llm4ehr.bundle import Network
+from llm4ehr.prompts import key_value_shape
 from service.engine.backends.base import TickResult
 from service.engine.backends.slot_attention import ATTENTION, SlotCache
 
@@ -28,11 +30,17 @@ class TorchCpuBackend:
             raise ValueError(reason)
         # A copy: the attention implementation is a property of the backbone's config.
         self._model = copy.deepcopy(network.model).eval()
+        prompt = self._model.prompt
+        with torch.no_grad():
+            before = prompt.key_values(self._model.backbone) if prompt else ()
         self._model.backbone.model.set_attn_implementation(ATTENTION)
         self.n_slots = n_slots
         self.max_rows = max_rows
         self._cache = SlotCache(
-            **kv_shape(network), n_slots=n_slots, positions=network.preprocessing.max_hours
+            **kv_shape(network),
+            n_slots=n_slots,
+            hours=network.preprocessing.max_hours,
+            prompt=before,
         )
 
     @torch.inference_mode()
@@ -87,18 +95,13 @@ class TorchCpuBackend:
 
 def kv_shape(network: Network) -> dict[str, int]:
     """Layers, key-value heads and head size of the backbone."""
-    config = network.model.backbone.model.config
-    heads = int(config.num_attention_heads)
-    return {
-        "n_layers": int(config.num_hidden_layers),
-        "n_kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
-        "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-    }
+    layers, heads, size = key_value_shape(network.model.backbone)
+    return {"n_layers": layers, "n_kv_heads": heads, "head_dim": size}
 
 
 def slots_for(network: Network, memory_bytes: int) -> int:
     """How many slots fit into a memory budget; at least one."""
-    shape = kv_shape(network)
-    per_slot = 2 * 4 * network.preprocessing.max_hours
-    per_slot *= shape["n_layers"] * shape["n_kv_heads"] * shape["head_dim"]
+    prompt = network.model.prompt
+    positions = network.preprocessing.max_hours + (prompt.length if prompt else 0)
+    per_slot = 2 * 4 * positions * math.prod(key_value_shape(network.model.backbone))
     return max(memory_bytes // per_slot, 1)
