@@ -1,10 +1,10 @@
 """Any Hugging Face language model as a causal encoder of precomputed embeddings.
 
-The backbone never sees text at run time: hours and events reach it through `inputs_embeds`, always
-with an explicit mask (without one, transformers takes a jump in the positions for a packed batch
-and cuts the attention there) and explicit positions (OPT and RoBERTa would otherwise derive them
-from other things than the hour). Its word embeddings serve once, to initialise the clinical tokens,
-and are then dropped.
+The backbone never sees text at run time: hours and events reach it through `inputs_embeds`, with
+explicit positions (OPT and RoBERTa would otherwise derive them from other things than the hour) and
+an explicit mask, unless the caller vouches for positions 0..T-1 and padding on the right (without
+one, transformers takes a jump in the positions for a packed batch and cuts the attention there).
+Its word embeddings serve once, to initialise the clinical tokens, and are then dropped.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ class BackboneSpec:
 
     `attention_mode` (M17) "native" leaves BERT-type models bidirectional: for reproducing the
     paper's tables only, since every hour then sees the whole stay. `context` shortens the longest
-    sequence below what the positions allow.
+    sequence below what the positions allow. With a `window` (Longformer) a token attends to so many
+    tokens on either side, or before it, and no further.
     """
 
     config: dict[str, Any]
     context: int | None = None
+    window: int | None = None
     attention_mode: AttentionMode = "causal"
     frozen: bool = True
 
@@ -109,22 +111,47 @@ class Backbone(nn.Module):
         return super().train(mode and not self.spec.frozen)
 
     def forward(
-        self, embeds: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None = None
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Cache | None = None,
+        *,
+        right_padded: bool = False,
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, H].
 
         `mask` [B, T] is true for real tokens; None is for callers whose `cache` states what each
         row attends to. `positions` [B, T] are hour or token indices from 0.
+
+        `right_padded` says that every row of `positions` is 0..T-1 and that real tokens come first.
+        A causal backbone then needs no mask, which lets torch choose its causal kernel; states of
+        padding are void.
         """
+        attention: Tensor | None = None
+        window = self.spec.window
+        if mask is not None and window is not None and mask.shape[1] > window + 1:
+            attention = self._band(mask, embeds.shape[1], window)
+        elif mask is not None and not (right_padded and self.spec.causal):
+            attention = mask.long()
         out = self.model(
             inputs_embeds=embeds,
-            attention_mask=None if mask is None else mask.long(),
+            attention_mask=attention,
             position_ids=positions + self._family.position_offset,
             past_key_values=cache,
             use_cache=cache is not None,
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    def _band(self, mask: Tensor, n_rows: int, window: int) -> Tensor:
+        """What each of the last `n_rows` of K tokens attends to, [B, 1, n_rows, K]."""
+        key = torch.arange(mask.shape[1], device=mask.device)
+        distance = key[-n_rows:, None] - key
+        near = (distance <= window) & (distance >= (0 if self.spec.causal else -window))
+        # Padding attends to itself: a softmax over nothing is not a number.
+        band: Tensor = (near & mask[:, None, :]) | (distance == 0)
+        return band[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,8 +172,8 @@ def load_backbone(
 ) -> LoadedBackbone:
     """Load pre-trained weights from the hub or a local folder, in fp32.
 
-    Longformer checkpoints become RoBERTa: within half an attention window their local attention
-    equals full attention, so the context is cut to that length.
+    Longformer checkpoints become RoBERTa with a band for a mask, which equals their local attention
+    and can be made causal. Their weights of global attention are not used.
     Raises BackboneError when the model cannot be found or its family is not supported.
     """
     try:
@@ -200,10 +227,13 @@ def spec_from_config(
     Raises BackboneError for a family that is not supported.
     """
     body = dict(config) if isinstance(config, dict) else config.to_dict()
-    context = None
+    window = None
     if body.get("model_type") == "longformer":
-        window = body.pop("attention_window")
-        context = (min(window) if isinstance(window, list) else window) // 2
+        widths = body.pop("attention_window")
+        layers = set(widths) if isinstance(widths, list) else {widths}
+        if len(layers) > 1:
+            raise BackboneError(f"Longformer with unequal attention windows {sorted(layers)}")
+        window = int(layers.pop()) // 2
         body["model_type"] = "roberta"
         body.pop("onnx_export", None)
     family = _family(body.get("model_type"))
@@ -219,7 +249,7 @@ def spec_from_config(
     }
     if family.decoder_switch:
         body["is_decoder"] = attention_mode == "causal"
-    return BackboneSpec(config=body, context=context, attention_mode=attention_mode, frozen=frozen)
+    return BackboneSpec(config=body, window=window, attention_mode=attention_mode, frozen=frozen)
 
 
 def _family(model_type: Any) -> _Family:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llm4ehr.backbone import Backbone, BackboneError, load_backbone, spec_from_config
+from llm4ehr.backbone import (
+    Backbone,
+    BackboneError,
+    BackboneSpec,
+    load_backbone,
+    spec_from_config,
+)
 from llm4ehr.vocabulary import Vocabulary
 from training.config import BackboneOptions, ModelOptions
 from training.pretrain import build_model
 
 Config = Callable[..., dict[str, Any]]
 BIDIRECTIONAL = ("bert", "roberta", "longformer")
+NARROW = {"attention_window": [32, 32], "max_position_embeddings": 90}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "first", "ninth", "dec", "##ile"]
 WORDS += ["lac", "##tate", "mechanical", "vent", "##il", "##ation", "heart", "rate"]
 GPT2_WORDS = {word: i for i, word in enumerate([*WORDS[5:], "<unk>", "decile"])}
@@ -254,24 +262,90 @@ def test_new_tokens_start_as_the_mean_of_their_descriptors_pieces(
 
 
 @torch.no_grad()
-def test_a_longformer_is_a_roberta_within_half_its_window(
-    tiny_config: Config, tmp_path: Path
-) -> None:
-    config = tiny_config("longformer", attention_window=[32, 32], max_position_embeddings=90)
-    save_checkpoint(tmp_path, config, torch.float32)
+@pytest.mark.parametrize("n", [16, 17, 18, 40, 63])
+def test_a_longformer_is_a_roberta_with_a_band(n: int, tiny_config: Config, tmp_path: Path) -> None:
+    """Within half its window and beyond, with padding."""
+    save_checkpoint(tmp_path, tiny_config("longformer", **NARROW), torch.float32)
     ours = load_backbone(tmp_path, attention_mode="native").backbone
     theirs = AutoModel.from_pretrained(tmp_path)
     assert ours.model.config.model_type == "roberta"
-    assert ours.context_length == 16
-    x, mask, hours = sequence(16)
+    x, mask, hours = sequence(n)
+    mask[1, n - 12 :] = False
     expected = theirs(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
-    torch.testing.assert_close(ours(x, mask, hours), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(x, mask, hours)[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_band_is_causal_and_as_wide_as_half_the_window(tiny_config: Config) -> None:
+    backbone = build(
+        tiny_config("longformer", num_hidden_layers=1, **NARROW | {"attention_window": 32})
+    )
+    x, mask, hours = sequence(40)
+    mask[1, 20:] = False  # padding has nothing to attend to
+    before = backbone(x, mask, hours)
+    assert torch.isfinite(before).all()
+    later = backbone(other_from(x, 25), mask, hours)
+    assert torch.equal(later[:, :25], before[:, :25])
+    assert not torch.equal(later[0, 25], before[0, 25])
+    changed = torch.cat([other_from(x, 0)[:, :1], x[:, 1:]], dim=1)
+    moved = (backbone(changed, mask, hours) != before).any(-1)
+    assert moved[0].tolist() == [True] * 17 + [False] * 23
+    cache = DynamicCache()
+    steps = [
+        backbone(x[:1, t : t + 1], mask[:1, : t + 1], hours[:1, t : t + 1], cache)
+        for t in range(40)
+    ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), before[:1], rtol=0, atol=1e-5)
+
+
+def test_a_longformer_reads_its_whole_context(tiny_config: Config) -> None:
+    assert build(tiny_config("longformer", **NARROW)).context_length == 88
+    with pytest.raises(BackboneError, match=r"unequal attention windows \[32, 64\]"):
+        spec_from_config(tiny_config("longformer", attention_window=[32, 64]))
+
+
+def test_a_spec_without_a_window_still_loads(tiny_config: Config) -> None:
+    body = asdict(spec_from_config(tiny_config("longformer", **NARROW)))
+    del body["window"]
+    old = BackboneSpec(**body | {"context": 16})
+    assert (old.window, Backbone(old).context_length) == (None, 16)
+
+
+def test_padding_on_the_right_needs_no_mask(family: str, tiny_config: Config) -> None:
+    """States and gradients of real tokens are those with the mask, bit by bit."""
+    backbone = build(tiny_config(family))
+    x, mask, hours = sequence()
+    mask[1, 9:] = False
+    seen: list[Any] = []
+    backbone.model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["attention_mask"]), with_kwargs=True
+    )
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    with_mask = backbone(inputs[0], mask, hours)[mask]
+    without = backbone(inputs[1], mask, hours, right_padded=True)[mask]
+    assert seen[0] is not None
+    assert seen[1] is None
+    assert torch.equal(with_mask, without)
+    for out in (with_mask, without):
+        out.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BIDIRECTIONAL)
+def test_without_causality_padding_is_masked_wherever_it_stands(
+    family: str, tiny_config: Config
+) -> None:
+    backbone = build(tiny_config(family), "native")
+    x, mask, hours = sequence()
+    mask[1, 9:] = False
+    a, b = (backbone(x, mask, hours, right_padded=said) for said in (False, True))
+    assert torch.equal(a, b)
 
 
 def test_the_context_of_each_family(tiny_config: Config) -> None:
     lengths = {f: build(tiny_config(f)).context_length for f in ("gpt2", "opt", "roberta")}
     assert lengths == {"gpt2": 256, "opt": 256, "roberta": 256}
-    assert build(tiny_config("longformer", attention_window=[64, 96])).context_length == 32
 
 
 def test_an_unknown_family_is_refused_with_those_known(tiny_config: Config) -> None:

@@ -101,7 +101,6 @@ def test_the_state_is_v_and_the_last_token_known(tiny_network: Make) -> None:
     model = tiny_network(events="stream", event_window=8).model
     batch = stays()
     series, events, hour_mask, ids, hours, token_mask = batch
-    token_mask[0, 4:9] = False  # hidden in the middle
     states = model.encode_stay(*batch)
     assert states.shape == (3, N_HOURS, model.state_size) == (3, N_HOURS, 32)
     assert torch.equal(states[..., :16], model.encode_hours(series, events, hour_mask))
