@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from training.config import FinetuneConfig
-from training.evaluate import hourly_table, load_scorer, pooled, task_metrics
+from training.evaluate import load_scorer
+from training.evaluation.report import task_metrics
+from training.evaluation.table import hourly_table, pooled
 from training.finetune import finetune
 from training.sources import Source, open_sources, subject_fold
 

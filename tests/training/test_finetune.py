@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from llm4ehr.bundle import Network, load_bundle, load_network
 from llm4ehr.offline import score_episodes
 from llm4ehr.store import EpisodeStore
-from training import evaluate as evaluation
 from training import finetune as module
+from training import metrics
 from training.calibrate import fit_calibration
 from training.config import FinetuneConfig, PretrainConfig, SourceConfig
 from training.dataset import LABEL_COLUMNS, build_features
@@ -362,9 +362,9 @@ def test_predictions_are_those_of_offline_scoring(
 def test_a_run_is_evaluated_and_exported(
     tuned: Path, store_2012: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bootstrap = evaluation.m.bootstrap
+    bootstrap = metrics.bootstrap
     monkeypatch.setattr(
-        evaluation.m, "bootstrap", lambda *a, repeats: bootstrap(*a, repeats=min(repeats, 20))
+        metrics, "bootstrap", lambda *a, repeats: bootstrap(*a, repeats=min(repeats, 20))
     )
     report = evaluate(tuned, [store_2012], ["b"], tmp_path / "evaluation")
     assert report["episodes"] == 12

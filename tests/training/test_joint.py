@@ -16,13 +16,14 @@ from llm4ehr.bundle import load_bundle
 from llm4ehr.offline import score_episodes
 from llm4ehr.store import EpisodeStore
 from training import chain as chain_module
-from training import evaluate as evaluation
+from training import metrics
 from training.card import DataSet
 from training.chain import OPEN_DATA, chain, prepare_stores
 from training.config import FinetuneConfig
 from training.crossvalidate import crossvalidate
 from training.data.phenotypes import PHENOTYPES
 from training.evaluate import evaluate, load_scorer
+from training.evaluation import table
 from training.export import export
 from training.finetune import finetune
 from training.metrics import auroc, macro
@@ -33,9 +34,9 @@ Config = Callable[..., FinetuneConfig]
 
 @pytest.fixture(autouse=True)
 def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = evaluation.m.bootstrap
+    whole = metrics.bootstrap
     monkeypatch.setattr(
-        evaluation.m, "bootstrap", lambda *a, repeats: whole(*a, repeats=min(repeats, 10))
+        metrics, "bootstrap", lambda *a, repeats: whole(*a, repeats=min(repeats, 10))
     )
 
 
@@ -309,7 +310,7 @@ def test_stays_of_all_stores_are_crossvalidated(
         scored.extend(e.episode_id for e in episodes)
         return score_episodes(network, episodes)
 
-    monkeypatch.setattr(evaluation, "score_episodes", counted)
+    monkeypatch.setattr(table, "score_episodes", counted)
     optim = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}
     report = crossvalidate(config(tmp_path, optim=optim))
     chosen = [
