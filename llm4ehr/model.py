@@ -173,13 +173,17 @@ class LLM4EHR(nn.Module):
 
         `series` [B, T, S]; `events` [B, T, E], ignored without fusion; `hour_mask` [B, T] is true
         inside the stay; `hours` [B, T] are positions, by default 0..T-1. `cache` is the engine's,
-        a prompt already in it. Raises ValueError for more than `max_hours`.
+        a prompt already in it. Without `hours` stays begin at the first row, and v after their end
+        is void. Raises ValueError for more than `max_hours`.
         """
+        right_padded = hours is None
         if hours is None:
             hours = self._hours(series)
         token = self.series_encoder(series, events)
         if self.prompt is None:
-            hidden: Tensor = self.backbone(token, hour_mask, hours, cache)
+            hidden: Tensor = self.backbone(
+                token, hour_mask, hours, cache, right_padded=right_padded
+            )
         elif cache is not None:  # the prompt is in it
             hidden = self.backbone(token, hour_mask, hours + self.prompt.shift, cache)
         else:
@@ -213,6 +217,7 @@ class LLM4EHR(nn.Module):
     def encode_events(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """EHR pass: z [B, N, H] of `token_ids` [B, N]; positions are token order, not time.
 
+        Padding, false in `token_mask`, stands on the right; its rows of z are void.
         A sequence longer than `event_window` W is read in chunks of W that overlap by half: token i
         is taken from the chunk that starts at max(0, (i // h - 1) h), h = W / 2. So it sees all
         tokens up to itself or the last h + 1 to W of them, and does not change when more follow.
@@ -242,7 +247,7 @@ class LLM4EHR(nn.Module):
             embeds = torch.cat([begin, embeds], dim=1)
             token_mask = nn.functional.pad(token_mask, (n_begin, 0), value=True)
         positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
-        z: Tensor = self.backbone(embeds, token_mask, positions)
+        z: Tensor = self.backbone(embeds, token_mask, positions, right_padded=True)
         return z[:, n_begin:]
 
     @property
