@@ -79,6 +79,9 @@ class Network:
             return "streaming needs hours closed on the left, as the log has them"
         if self.preprocessing.max_hours > self.model.max_hours:
             return "the backbone has fewer positions than a stay may have hours"
+        window = self.model.config.backbone.window
+        if window is not None and self.preprocessing.max_hours > window + 1:
+            return "the backbone attends to fewer hours than a stay may have"
         return None
 
     @property
