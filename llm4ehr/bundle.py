@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm4ehr.calibration import Calibration, OutputMap
+from llm4ehr.calibration import Calibration, calibration_from_json, calibration_json
 from llm4ehr.episode import Preprocessing, preprocessing_digest
 from llm4ehr.model import LLM4EHR, ModelConfig
 from llm4ehr.vocabulary import Vocabulary
@@ -160,7 +160,7 @@ def save_bundle(
     try:
         save_network(partial, network, half=half)
         _write_json(partial / "labels.json", labels)
-        _write_json(partial / "calibration.json", {t: asdict(m) for t, m in calibration.items()})
+        _write_json(partial / "calibration.json", calibration_json(calibration))
         _write_json(partial / "metrics.json", metrics)
         (partial / "MODEL_CARD.md").write_text(card)
         manifest = {
@@ -212,9 +212,7 @@ def load_bundle(repository: Path, name: str, version: int) -> Bundle:
     heads = network.model.config.heads
     if heads.get("phenotyping", 0) != len(phenotypes):
         raise BundleError(f"{folder / 'labels.json'}: phenotype names do not match the head")
-    calibration = _parse(
-        folder, "calibration.json", lambda body: {t: OutputMap(**m) for t, m in body.items()}
-    )
+    calibration = _parse(folder, "calibration.json", calibration_from_json)
     if set(calibration) != set(heads):
         raise BundleError(f"{folder / 'calibration.json'}: tasks differ from the heads")
     return Bundle(

@@ -42,7 +42,8 @@ class EpisodeScores:
 
     def answers(self, calibration: Calibration) -> dict[Task, NDArray[np.float64]]:
         """Probabilities and hours, [T, n]."""
-        return {task: calibration[task](raw) for task, raw in self.raw.items()}
+        hours = np.arange(len(self.hidden))
+        return {task: calibration[task](raw, hours) for task, raw in self.raw.items()}
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llm4ehr.bundle import Bundle
+from llm4ehr.calibration import Interval
 from llm4ehr.offline import EpisodeScores, score_episodes
 from llm4ehr.store import EpisodeStore
 
@@ -25,9 +26,10 @@ def score_store(data: Path, out: Path, bundle: Bundle, *, embeddings: bool = Fal
     """Score a store into one Parquet file, one row an episode-hour; returns the number of rows.
 
     Columns: `episode_id`, `hour`, then `decompensation`, `mortality`, `remaining_los_hours`,
-    `phenotype_<name>` as the bundle has them and, if asked for, `embedding`. Model name, version
-    and digests stand in the file's metadata. Labels are not needed. Memory holds one block of the
-    store at a time. The file appears only when complete. Raises StoreError, OSError.
+    `remaining_los_low_hours` and `remaining_los_high_hours` (the interval), `phenotype_<name>` as
+    the bundle has them and, if asked for, `embedding`. Model name, version, digests and the
+    coverage of the interval stand in the file's metadata. Labels are not needed. Memory holds one
+    block of the store at a time. The file appears only when complete. Raises StoreError, OSError.
     """
     store = EpisodeStore.open(data)
     schema = _schema(bundle, embeddings)
@@ -58,17 +60,27 @@ def _schema(bundle: Bundle, embeddings: bool) -> pa.Schema:
     heads = bundle.network.model.config.heads
     fields = [pa.field("episode_id", pa.string()), pa.field("hour", pa.int16())]
     fields += [pa.field(name, pa.float32()) for task, name in _COLUMNS.items() if task in heads]
+    interval = _interval(bundle)
+    if interval is not None:
+        fields += [pa.field(f"remaining_los_{end}_hours", pa.float32()) for end in ("low", "high")]
     fields += [pa.field(f"phenotype_{name}", pa.float32()) for name in bundle.phenotypes]
     if embeddings:
         hidden = bundle.network.model.state_size
         fields.append(pa.field("embedding", pa.list_(pa.float32(), hidden)))
-    provenance = {
+    provenance: dict[str, str | int | float] = {
         "model": bundle.name,
         "version": bundle.version,
         "digest": bundle.digest,
         "preprocessing_digest": bundle.network.preprocessing_digest,
     }
+    if interval is not None:
+        provenance["interval_coverage"] = interval.coverage
     return pa.schema(fields, metadata={"llm4ehr": json.dumps(provenance)})
+
+
+def _interval(bundle: Bundle) -> Interval | None:
+    los = bundle.calibration.get("remaining_los")
+    return None if los is None else los.interval
 
 
 def _table(scores: EpisodeScores, bundle: Bundle, schema: pa.Schema, embeddings: bool) -> pa.Table:
@@ -81,6 +93,10 @@ def _table(scores: EpisodeScores, bundle: Bundle, schema: pa.Schema, embeddings:
     for task in _COLUMNS:
         if task in answers:
             columns.append(pa.array(answers[task][:, 0].astype(np.float32)))
+    if _interval(bundle):
+        raw = scores.raw["remaining_los"]
+        for end in bundle.calibration["remaining_los"].bounds(raw, np.arange(n)):
+            columns.append(pa.array(end[:, 0].astype(np.float32)))
     if "phenotyping" in answers:
         columns += [pa.array(column.astype(np.float32)) for column in answers["phenotyping"].T]
     if embeddings:

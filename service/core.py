@@ -24,6 +24,7 @@ __all__ = [
     "EpisodeView",
     "HourScore",
     "HourStatus",
+    "HoursInterval",
     "Kind",
     "ModelFault",
     "Overloaded",
@@ -54,6 +55,15 @@ class ModelFault(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HoursInterval:
+    """Low and high end in hours, and how many of such intervals hold the truth (0..1)."""
+
+    low: float
+    high: float
+    coverage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HourScore:
     """What the model says at the end of one hour. None where the bundle lacks the task."""
 
@@ -61,6 +71,7 @@ class HourScore:
     decompensation: float | None
     mortality: float | None
     remaining_los_hours: float | None
+    remaining_los_interval_hours: HoursInterval | None
     phenotypes: dict[str, float]
     imputed_share: float
     """Share of the variables not measured in this hour but carried forward or assumed, 0..1."""

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from llm4ehr.bundle import Bundle, Network, save_bundle
-from llm4ehr.calibration import Calibration, OutputMap, default_calibration
+from llm4ehr.calibration import Calibration, Interval, OutputMap, default_calibration
 from llm4ehr.episode import Episode, featurise
 from llm4ehr.variables import VARIABLE_INDEX
-from service.core import EpisodeView, HourScore, Scores
+from service.core import EpisodeView, HourScore, HoursInterval, Scores
 from service.engine.backends.base import Backend, TickResult
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.engine.engine import OnlineEngine
@@ -27,9 +27,19 @@ from service.engine.metrics import EngineMetrics
 HEADS = {"decompensation": 1, "mortality": 1, "remaining_los": 1, "phenotyping": 2}
 PHENOTYPES = ("sepsis", "shock")
 # Of every kind. Shifted, for raw outputs lie around 0 and hours would often be cut off there.
+KNOTS = ((-0.4, 0.02), (-0.1, 0.1), (0.05, 0.1), (0.3, 0.8))
 CALIBRATION: Calibration = default_calibration(list(HEADS)) | {
-    "mortality": OutputMap(kind="platt", a=0.7, b=-1.0),
-    "remaining_los": OutputMap(kind="log_days", a=0.5, b=2.0),
+    "decompensation": OutputMap(kind="platt_isotonic", a=0.9, a_hour=0.1, knots=KNOTS),
+    "mortality": OutputMap(kind="platt", a=0.7, b=-1.0, a_hour=0.1, b_hour=-0.05, last_hour=20),
+    "remaining_los": OutputMap(
+        kind="log_days",
+        a=0.5,
+        b=2.0,
+        interval=Interval(
+            coverage=0.8, first_hours=(0, 12, 24), half_widths=(0.9, 0.7, 1.1), stays=(30, 31, 32)
+        ),
+    ),
+    "phenotyping": OutputMap(kind="isotonic", a=1.1, knots=KNOTS),
 }
 LABELS = {"phenotypes": list(PHENOTYPES)}
 ROWS = 16
@@ -155,13 +165,20 @@ class Replica:
         for hour in range(len(features.series)):
             rows = slice(hour, hour + 1)
             result = self._backend.tick(features.series[rows], features.events[rows], [0], [hour])
-            said = {task: calibration[task](raw)[0].tolist() for task, raw in result.raw.items()}
+            at = np.array([hour])
+            said = {t: calibration[t](raw, at)[0].tolist() for t, raw in result.raw.items()}
+            los = calibration["remaining_los"]
+            low, high = los.bounds(result.raw["remaining_los"], at)
+            interval = HoursInterval(
+                low=low[0, 0].item(), high=high[0, 0].item(), coverage=los.interval.coverage
+            )
             hours.append(
                 HourScore(
                     hour=hour,
                     decompensation=said["decompensation"][0],
                     mortality=said["mortality"][0],
                     remaining_los_hours=said["remaining_los"][0],
+                    remaining_los_interval_hours=interval,
                     phenotypes=dict(zip(PHENOTYPES, said["phenotyping"], strict=True)),
                     imputed_share=float(1.0 - features.observed[hour].mean()),
                 )

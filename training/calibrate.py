@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from llm4ehr.calibration import OutputMap
 from llm4ehr.model import Task
 from training.dataset import LABEL_COLUMNS
 from training.heads import Targets
@@ -41,6 +40,6 @@ def fit_calibration(outputs: dict[Task, Tensor], targets: Targets) -> dict[str, 
             a, b = 1.0, 0.0
         sure = certain(y)
         if task != "phenotyping" and sure.any():
-            risk = OutputMap(kind="platt", a=a, b=b)(x[sure])
+            risk = 1 / (1 + np.exp(-(a * x[sure] + b)))
             thresholds[task] = s1_threshold(y[sure], risk)
     return {"platt": platt, "thresholds": thresholds}

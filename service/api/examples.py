@@ -126,6 +126,7 @@ RISK: dict[str, Any] = {
             "decompensation": 0.0312,
             "mortality": 0.118,
             "remaining_los_hours": 92.4,
+            "remaining_los_interval_hours": {"low": 31.7, "high": 226.0, "coverage": 0.9},
             "phenotypes": {"Septicemia (except in labor)": 0.204},
         }
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -34,7 +35,8 @@ async def get_risk(
     query: Annotated[HoursQuery, Query()],
 ) -> Response:
     """The probability of decompensation in the next 24 hours and of death in hospital, the
-    remaining length of stay in hours and the probability of each phenotype, with their provenance.
+    remaining length of stay in hours, with an interval where the model has one, and the probability
+    of each phenotype, with their provenance.
 
     The answer includes everything that was acknowledged before. A score that the data does not
     support is null, and `score_withheld` says why.
@@ -48,12 +50,15 @@ def _risk(scores: Scores | None, hour: int) -> dict[str, Any]:
             "decompensation": None,
             "mortality": None,
             "remaining_los_hours": None,
+            "remaining_los_interval_hours": None,
             "phenotypes": {},
         }
     score = scores.hours[hour]
+    interval = score.remaining_los_interval_hours
     return {
         "decompensation": score.decompensation,
         "mortality": score.mortality,
         "remaining_los_hours": score.remaining_los_hours,
+        "remaining_los_interval_hours": None if interval is None else asdict(interval),
         "phenotypes": score.phenotypes,
     }

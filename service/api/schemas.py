@@ -265,10 +265,19 @@ class HourOut(_Answer):
     score_withheld: WithheldOut | None
 
 
+class HoursIntervalOut(_Answer):
+    """Holds the truth for a share of at least `coverage` of stays like those it was fitted on."""
+
+    low: Annotated[float, Field(ge=0)]
+    high: Annotated[float, Field(ge=0)]
+    coverage: Annotated[float, Field(gt=0, lt=1)]
+
+
 class HourRiskOut(HourOut):
     decompensation: Probability | None
     mortality: Probability | None
     remaining_los_hours: float | None
+    remaining_los_interval_hours: HoursIntervalOut | None
     phenotypes: dict[str, Probability]
 
 

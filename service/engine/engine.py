@@ -29,6 +29,7 @@ from service.core import (
     EngineStopped,
     EpisodeView,
     HourScore,
+    HoursInterval,
     ModelFault,
     Overloaded,
     Scores,
@@ -287,10 +288,11 @@ class OnlineEngine:
             _settle(request.future, scores)
 
     def _answers(self, state: _State, first: int, n: int) -> list[HourScore]:
+        calibration, hours = self._bundle.calibration, np.arange(first, n)
         answers = {
-            task: self._bundle.calibration[task](raw[first:n]).tolist()
-            for task, raw in state.raw.items()
+            task: calibration[task](raw[first:n], hours).tolist() for task, raw in state.raw.items()
         }
+        intervals = self._intervals(state, first, n)
         imputed = 1.0 - state.features.observed[first:n].mean(axis=1)
 
         def one(task: Task, i: int) -> float | None:
@@ -302,6 +304,7 @@ class OnlineEngine:
                 decompensation=one("decompensation", i),
                 mortality=one("mortality", i),
                 remaining_los_hours=one("remaining_los", i),
+                remaining_los_interval_hours=intervals[i],
                 phenotypes=dict(
                     zip(self._bundle.phenotypes, answers["phenotyping"][i], strict=True)
                     if "phenotyping" in answers
@@ -311,6 +314,14 @@ class OnlineEngine:
             )
             for i in range(n - first)
         ]
+
+    def _intervals(self, state: _State, first: int, n: int) -> list[HoursInterval | None]:
+        los = self._bundle.calibration.get("remaining_los")
+        if los is None or los.interval is None:
+            return [None] * (n - first)
+        low, high = los.bounds(state.raw["remaining_los"][first:n], np.arange(first, n))
+        ends = zip(low[:, 0].tolist(), high[:, 0].tolist(), strict=True)
+        return [HoursInterval(low=a, high=b, coverage=los.interval.coverage) for a, b in ends]
 
     def _drop(self, key: Hashable, reason: Exception) -> None:
         state = self._states.pop(key, None)

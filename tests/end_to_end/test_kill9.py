@@ -23,7 +23,10 @@ from tests.online import Replica, tiny_bundle
 N_CLIENTS = 4
 N_KILLS = 5
 REQUESTS_EACH = 100
-SCORES = ("decompensation", "mortality", "remaining_los_hours", "phenotypes", "imputed_share")
+SCORES = (
+    "decompensation", "mortality", "remaining_los_hours", "remaining_los_interval_hours",
+    "phenotypes", "imputed_share",
+)  # fmt: skip
 
 
 def read_log(path: Path) -> dict[str, list[Entry]]:

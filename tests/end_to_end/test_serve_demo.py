@@ -119,6 +119,7 @@ def test_a_store_is_scored_into_one_file(repository: Path, tmp_path: Path) -> No
     schema = pq.read_schema(out)
     assert schema.names == [
         "episode_id", "hour", "decompensation", "mortality", "remaining_los_hours",
+        "remaining_los_low_hours", "remaining_los_high_hours",
         "phenotype_sepsis", "phenotype_shock",
     ]  # fmt: skip
     assert json.loads(schema.metadata[b"llm4ehr"]) == {
@@ -126,6 +127,7 @@ def test_a_store_is_scored_into_one_file(repository: Path, tmp_path: Path) -> No
         "version": 1,
         "digest": bundle.digest,
         "preprocessing_digest": bundle.network.preprocessing_digest,
+        "interval_coverage": 0.8,
     }
     table = pq.read_table(out)
     assert table.num_rows == 576
@@ -133,7 +135,7 @@ def test_a_store_is_scored_into_one_file(repository: Path, tmp_path: Path) -> No
         values = table[name].to_numpy()
         assert np.isfinite(values).all()
         assert (values >= 0).all()
-        assert (values <= 1).all() or name == "remaining_los_hours"
+        assert (values <= 1).all() or name.startswith("remaining_los_")
         assert len(set(values.tolist())) > 100
 
 

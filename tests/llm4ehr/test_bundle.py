@@ -22,7 +22,7 @@ from llm4ehr.bundle import (
     save_bundle,
     save_network,
 )
-from llm4ehr.calibration import OutputMap, default_calibration
+from llm4ehr.calibration import Interval, OutputMap, default_calibration
 from llm4ehr.episode import Episode
 from llm4ehr.offline import score_episodes
 from training.pretrain import round_to_bfloat16
@@ -73,7 +73,13 @@ def test_a_bundle_comes_back_bit_equal(
     family: str, tiny_network: Make, tmp_path: Path, random_episode: Callable[..., Episode]
 ) -> None:
     network = tiny_network(family, begin_token=True)
-    calibration = default_calibration(TASKS) | {"mortality": OutputMap(kind="platt", a=0.7, b=-1)}
+    calibration = default_calibration(TASKS) | {
+        "mortality": OutputMap(kind="isotonic", a=0.7, b_hour=-1, knots=((0.0, 0.1), (1.0, 0.7))),
+        "remaining_los": OutputMap(
+            kind="log_days",
+            interval=Interval(coverage=0.5, first_hours=(0,), half_widths=(0.3,), stays=(12,)),
+        ),
+    }
     folder = save(tmp_path, network, calibration=calibration)
     bundle = load_bundle(tmp_path, "tiny", 1)
     assert folder == tmp_path / "tiny" / "1"
@@ -201,6 +207,33 @@ def test_a_manifest_that_is_no_json_object_is_named(copy: Path) -> None:
         ("vocabulary.json", {"version": 2}, "version 2"),
         ("vocabulary.json", {"codes": [{}]}, "deciles"),
         ("calibration.json", {"mortality": {"slope": 1}}, "slope"),
+        ("calibration.json", {"mortality": {"kind": "platt", "a": float("nan")}}, "finite"),
+        ("calibration.json", {"mortality": {"kind": "platt", "knots": [[0, 1, 2]]}}, "unpack"),
+        (
+            "calibration.json",
+            {"mortality": {"kind": "isotonic", "knots": [[0, 0.5], [1, 0.4]]}},
+            "never fall",
+        ),
+        (
+            "calibration.json",
+            {"remaining_los": {"kind": "days", "interval": {"coverage": 0.9}}},
+            "first_hours",
+        ),
+        (
+            "calibration.json",
+            {
+                "remaining_los": {
+                    "kind": "days",
+                    "interval": {
+                        "coverage": 2,
+                        "first_hours": [0],
+                        "half_widths": [1.0],
+                        "stays": [99],
+                    },
+                }
+            },
+            "coverage 2",
+        ),
     ],
 )
 def test_contents_that_do_not_fit_are_named(

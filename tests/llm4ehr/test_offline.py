@@ -50,7 +50,7 @@ def test_scores_are_those_of_a_direct_forward(
         assert_allclose(scores.hidden, alone["hidden"], rtol=0, atol=TOLERANCE.hidden)
         answers = scores.answers(calibration)
         for task in network.model.config.heads:
-            expected = calibration[task](alone[task])
+            expected = calibration[task](alone[task], np.arange(len(alone[task])))
             atol = TOLERANCE.hours if task == "remaining_los" else TOLERANCE.probability
             assert_allclose(answers[task], expected, rtol=0, atol=atol)
 

@@ -32,6 +32,7 @@ NAMES = {
     "mortality": "mortality",
     "remaining_los": "remaining_los_hours",
 }
+ENDS = {"low": "remaining_los_low_hours", "high": "remaining_los_high_hours"}
 
 
 @pytest.fixture(scope="module", params=["tiny/1", "llm4ehr/1"])
@@ -103,6 +104,9 @@ async def _read(http: httpx.AsyncClient, name: str, n_hours: int) -> Road:
     for hour, state in zip(risk["hours"], states["hours"], strict=True):
         if hour["score_withheld"] is None:
             said = {column: hour[column] for column in NAMES.values()}
+            interval = hour["remaining_los_interval_hours"]
+            if interval is not None:
+                said |= {column: interval[end] for end, column in ENDS.items()}
             said |= {f"phenotype_{key}": p for key, p in hour["phenotypes"].items()}
             for column, value in (said | {"embedding": state["embedding"]}).items():
                 if value is not None:  # the bundle has that head
@@ -121,6 +125,10 @@ def offline(bundle: Bundle, stays: dict[str, Episode]) -> Roads:
     for scores in score_episodes(bundle.network, list(stays.values())):
         answers = scores.answers(bundle.calibration)
         columns = {NAMES[t]: answers[t][:, 0] for t in answers if t in NAMES}
+        los = bundle.calibration["remaining_los"]
+        if los.interval is not None:
+            ends = los.bounds(scores.raw["remaining_los"], np.arange(len(scores.hidden)))
+            columns |= {name: x[:, 0] for name, x in zip(ENDS.values(), ends, strict=True)}
         for i, phenotype in enumerate(bundle.phenotypes):
             columns[f"phenotype_{phenotype}"] = answers["phenotyping"][:, i]
         roads[scores.episode_id] = columns | {"embedding": scores.hidden}
@@ -158,7 +166,8 @@ def batch(batch_file: Path) -> Roads:
 def assert_agree(a: Roads, b: Roads) -> None:
     """In all hours that `a` shows."""
     assert a.keys() == b.keys()
-    atols = {"remaining_los_hours": TOLERANCE.hours, "embedding": TOLERANCE.hidden}
+    atols = dict.fromkeys([NAMES["remaining_los"], *ENDS.values()], TOLERANCE.hours)
+    atols["embedding"] = TOLERANCE.hidden
     for name in a:
         assert a[name].keys() == b[name].keys()
         for column, x in a[name].items():
@@ -188,6 +197,7 @@ def test_every_road_gives_every_answer_of_the_bundle(
     heads = bundle.network.model.config.heads
     expected = {NAMES[task] for task in heads if task in NAMES} | {"embedding"}
     expected |= {f"phenotype_{name}" for name in bundle.phenotypes}
+    expected |= set(ENDS.values()) if bundle.calibration["remaining_los"].interval else set()
     for roads in (streamed.roads, offline, batch):
         assert all(road.keys() == expected for road in roads.values())
 
@@ -235,14 +245,19 @@ def test_the_batch_file_says_where_it_comes_from(
     batch_file: Path, bundle: Bundle, stays: dict[str, Episode]
 ) -> None:
     schema = pq.read_schema(batch_file)
-    assert json.loads(schema.metadata[b"llm4ehr"]) == {
+    expected = {
         "model": bundle.name,
         "version": bundle.version,
         "digest": bundle.digest,
         "preprocessing_digest": bundle.network.preprocessing_digest,
     }
+    interval = bundle.calibration["remaining_los"].interval
+    if interval:
+        expected["interval_coverage"] = interval.coverage
+    assert json.loads(schema.metadata[b"llm4ehr"]) == expected
     heads = bundle.network.model.config.heads
     columns = ["episode_id", "hour", *(name for task, name in NAMES.items() if task in heads)]
+    columns += [*ENDS.values()] if interval else []
     columns += [f"phenotype_{name}" for name in bundle.phenotypes]
     assert schema.names == [*columns, "embedding"]
     table = pq.read_table(batch_file)

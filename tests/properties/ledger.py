@@ -63,7 +63,10 @@ class Known:
         return hours
 
 
-_NUMBERS = ("decompensation", "mortality", "remaining_los_hours", "imputed_share")
+_NUMBERS = (
+    "decompensation", "mortality", "remaining_los_hours", "remaining_los_interval_hours",
+    "imputed_share",
+)  # fmt: skip
 _WITHHELD: dict[str, Any] = dict.fromkeys(_NUMBERS) | {"phenotypes": {}}
 
 

@@ -15,7 +15,16 @@ import numpy as np
 
 from llm4ehr.vocabulary import CodeEntry, Vocabulary
 from service.api import Dependencies, create_app
-from service.core import BundleInfo, Draft, Entry, EpisodeView, HourScore, Overloaded, Scores
+from service.core import (
+    BundleInfo,
+    Draft,
+    Entry,
+    EpisodeView,
+    HourScore,
+    HoursInterval,
+    Overloaded,
+    Scores,
+)
 from service.log import EventLog, SqliteLog
 from service.log.rows import number
 from service.settings import Settings
@@ -99,6 +108,9 @@ def fake_scores(view: EpisodeView, n_hours: int) -> Scores:
                 decompensation=risk,
                 mortality=risk / 2,
                 remaining_los_hours=100.0 - hour,
+                remaining_los_interval_hours=HoursInterval(
+                    low=50.0 - hour / 4, high=200.0 - hour, coverage=0.9
+                ),
                 phenotypes={"sepsis": risk / 4},
                 imputed_share=0.5,
             )

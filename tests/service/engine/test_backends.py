@@ -80,9 +80,12 @@ def assert_like_offline(network: Network, episode: Episode, chunks: Sequence[int
     got = computed(backend_of(network), features_of(network, episode), chunks)
     (offline,) = score_episodes(network, [episode])
     assert_allclose(got["hidden"], offline.hidden, rtol=0, atol=TOLERANCE.hidden)
+    hours = np.arange(len(offline.hidden))
     for task, calibration in default_calibration(list(HEADS)).items():
         atol = TOLERANCE.hours if task == "remaining_los" else TOLERANCE.probability
-        assert_allclose(calibration(got[task]), calibration(offline.raw[task]), rtol=0, atol=atol)
+        assert_allclose(
+            calibration(got[task], hours), calibration(offline.raw[task], hours), rtol=0, atol=atol
+        )
 
 
 @pytest.mark.parametrize("chunks", [STEPS, PREFILL], ids=["steps", "prefill"])
