@@ -264,7 +264,11 @@ class FinetuneConfig(Strict):
     @property
     def label_options(self) -> LabelOptions:
         """How labels are made."""
-        return LabelOptions(align=self.label_align, min_history_hours=self.min_history_hours)
+        return LabelOptions(
+            align=self.label_align,
+            min_history_hours=self.min_history_hours,
+            mortality_min_hours=self.mortality_min_hours,
+        )
 
 
 _PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ class Batch:
 
     index: NDArray[np.int64]  # [B] rows of the feature set
     series: Tensor  # [B, T, S]
-    events: Tensor  # [B, T, E]
+    events: Tensor | None  # [B, T, E], None where the network does not read them hour by hour
     hour_mask: Tensor  # [B, T]
     labels: Tensor  # [B, T, 3], NaN = unknown; columns LABEL_COLUMNS
     valid: Tensor  # [B, T], hours at which tasks are asked
@@ -105,15 +106,38 @@ class Batch:
     token_ids: Tensor  # [B, N]
     token_hours: Tensor  # [B, N], -1 = padding
     token_mask: Tensor  # [B, N]
+    hide_events: Tensor  # [B], true where the network must do without the events of a stay
+    event_patches: Tensor | None = None  # [B, P, H] of a frozen EHR pass, computed before
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in self.__slots__
-            if name != "index"
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.index)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies without waiting."""
+        return self._with(lambda tensor: tensor.pin_memory(), self.index)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the stays, without the padding that only the others need."""
+        part = self._with(lambda tensor: tensor[rows], self.index[rows])
+        hours, tokens = (max(int(m.sum(1).max()), 1) for m in (part.hour_mask, part.token_mask))
+
+        def trimmed(name: str, length: int) -> Tensor | None:
+            tensor: Tensor | None = getattr(part, name)
+            return None if tensor is None else tensor[:, :length]
+
+        by_hour = ("series", "events", "hour_mask", "labels", "valid")
+        by_token = ("token_ids", "token_hours", "token_mask")
+        changes: dict[str, Any] = {name: trimmed(name, hours) for name in by_hour}
+        changes |= {name: trimmed(name, tokens) for name in by_token}
+        return replace(part, **changes)
+
+    def _with(self, change: Callable[[Tensor], Tensor], index: NDArray[np.int64]) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "index"}
+        changed: dict[str, Any] = {
+            name: None if t is None else change(t) for name, t in tensors.items()
         }
-        return Batch(index=self.index, **moved)
+        return Batch(index=index, **changed)
 
 
 class FeatureSet:
@@ -171,18 +195,26 @@ class FeatureSet:
         return np.array([subject_fold(s, n_folds) for s in self.subjects], dtype=np.int64)
 
     def batch(
-        self, index: NDArray[np.int64], max_tokens: int = 0, max_hours: int | None = None
+        self,
+        index: NDArray[np.int64],
+        max_tokens: int = 0,
+        max_hours: int | None = None,
+        *,
+        with_events: bool = True,
+        hide_events: NDArray[np.bool_] | None = None,
     ) -> Batch:
         """Collate the first `max_hours` hours of the given episodes.
 
-        Events beyond `max_tokens` are cut off (M20).
+        Tokens beyond `max_tokens`, and those of later hours, are cut off. Event channels, the
+        widest part by far, are made only `with_events`.
         """
         lengths = np.minimum(self.lengths[index], max_hours or self.lengths.max())
         n, longest = len(index), int(lengths.max())
-        tokens = np.minimum(np.diff(self.token_offsets)[index], max_tokens)
+        tokens = np.minimum(self._tokens_until(index, lengths), max_tokens)
         widest = max(int(tokens.max()), 1)
         series = np.zeros((n, longest, self.series.shape[1]), np.float32)
-        events = np.zeros((n, longest, len(self._vocabulary) * EVENT_CHANNELS), np.float32)
+        width = len(self._vocabulary) * EVENT_CHANNELS
+        events = np.zeros((n, longest, width), np.float32) if with_events else None
         labels = np.full((n, longest, len(LABEL_COLUMNS)), np.nan, np.float32)
         valid = np.zeros((n, longest), bool)
         token_ids = np.zeros((n, widest), np.int64)
@@ -191,7 +223,8 @@ class FeatureSet:
             length = int(lengths[row])
             hours = slice(self.hours(i).start, self.hours(i).start + length)
             series[row, :length] = self.series[hours]
-            events[row, :length] = self.events(i, length)
+            if events is not None:
+                events[row, :length] = self.events(i, length)
             labels[row, :length] = self.labels[hours]
             valid[row, :length] = self.valid[hours]
             start = self.token_offsets[i]
@@ -200,7 +233,7 @@ class FeatureSet:
         return Batch(
             index=index,
             series=torch.from_numpy(series),
-            events=torch.from_numpy(events),
+            events=None if events is None else torch.from_numpy(events),
             hour_mask=torch.from_numpy(np.arange(longest) < lengths[:, None]),
             labels=torch.from_numpy(labels),
             valid=torch.from_numpy(valid),
@@ -208,7 +241,18 @@ class FeatureSet:
             token_ids=torch.from_numpy(token_ids),
             token_hours=torch.from_numpy(token_hours),
             token_mask=torch.from_numpy(np.arange(widest) < tokens[:, None]),
+            hide_events=torch.from_numpy(np.zeros(n, bool) if hide_events is None else hide_events),
         )
+
+    def _tokens_until(
+        self, index: NDArray[np.int64], n_hours: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """How many tokens of each episode fall into its first hours; tokens are in time order."""
+        ends = [
+            np.searchsorted(self.token_hours[slice(*self.token_offsets[i : i + 2])], hours)
+            for i, hours in zip(index, n_hours, strict=True)
+        ]
+        return np.array(ends, dtype=np.int64)
 
 
 def build_features(

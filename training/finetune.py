@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm4ehr.bundle import Network, load_network, save_network
-from llm4ehr.model import Task
+from llm4ehr.model import LLM4EHR, Task
 from training.calibrate import fit_calibration
+from training.checkpoint import learning_state, load_learning_state
 from training.config import FinetuneConfig
-from training.dataset import LABEL_COLUMNS, FeatureSet, batches, build_features, subsample
+from training.dataset import LABEL_COLUMNS, Batch, FeatureSet, batches, build_features, subsample
+from training.fewshot import few_shot
 from training.heads import Targets, predict, selection_score, task_losses
-from training.loop import RunFolder, Trainer, device
+from training.loop import Trainer, device
+from training.processes import n_processes, total
+from training.readout import ReadoutOptions, TaskModule
+from training.run_folder import RunFolder
 from training.sources import LeakageError, Source, is_another, open_sources, origins
-from training.tuning import with_heads
+from training.tuning import merge, set_train_mode, with_heads
 
 _NOTE_TASK = {"length_of_stay": "remaining_los"}  # what stores may call a task in label_notes
 
@@ -29,17 +37,104 @@ _NOTE_TASK = {"length_of_stay": "remaining_los"}  # what stores may call a task 
 def finetune(config: FinetuneConfig) -> Network:
     """Run, resume or, if it is finished, load a fine-tuning.
 
-    The best epoch on the validation fold is kept. Raises ValueError where a store has the name of
-    other data that the encoder was pre-trained on.
+    The best epoch on the validation fold is kept, or the last one where the configuration says so.
+    Raises ValueError where a store has the name of other data that the encoder was pre-trained on.
     """
+    processes = PartialState()
     sources = open_sources(config.data.sources, training=True)
     pretrained = load_network(config.pretrained)
     run = RunFolder(config.run, "finetune", config)
     if run.finished:
         return load_network(config.run)
+    pretraining = _pretraining(config.pretrained, sources)
+    torch.manual_seed(config.seed)
+    network = with_heads(pretrained, config)
+    model = network.model.to(device())
+    if config.optim.compile:
+        model.backbone.model.compile(dynamic=True)
+    with processes.main_process_first():
+        features = build_features(
+            sources,
+            network.preprocessing,
+            network.vocabulary,
+            config.data.cache,
+            config.label_options,
+        )
+    train, held_out = split(features, config)
+    options = ReadoutOptions.of(config, model.config.patch_hours)
+    trainer = Trainer(
+        TaskModule(model, options),
+        parameter_groups(model, config),
+        config.optim,
+        run,
+        lambda epoch: _epoch_batches(features, train, config, epoch),
+        _loader(features, config, model),
+        config.trackers,
+    )
+
+    def step(batch: Batch, trainer: Trainer) -> dict[str, Tensor]:
+        set_train_mode(model, config.tuning)
+        targets = Targets.of(batch, options)
+        losses = task_losses(trainer.module(batch), targets, config.los_scale)
+        loss = torch.stack([config.tasks[t] * losses[t] for t in config.tasks]).sum()
+        trainer.backward(loss)
+        return {"loss": total(loss)} | {task: total(cost) for task, cost in losses.items()}
+
+    def validate() -> tuple[dict[Task, Tensor], Targets]:
+        load = _validation_loader(features, config, model, trainer.device)
+        return predict(trainer.module, options, load, held_out, config.optim.precision)
+
+    best_file = config.run / "best.safetensors"
+    selects = bool(len(held_out)) and config.select_by != "last"
+
+    def after_epoch(epoch: int) -> bool:
+        score = selection_score(config.select_by, *validate(), config.tasks, config.los_scale)
+        history: list[float] = trainer.extra.setdefault("scores", [])
+        if not history or score > max(history):
+            state = learning_state(trainer.module)
+            if processes.is_main_process:
+                save_file(state, best_file)
+        history.append(score)
+        return epoch - int(np.argmax(history)) < config.patience
+
+    trainer.fit(step, after_epoch if selects else None)
+    processes.wait_for_everyone()
+    if selects:
+        load_learning_state(trainer.module, load_file(best_file))
+    fitted: dict[str, Any] = {"platt": {}, "thresholds": {}}
+    if len(held_out):
+        fitted = fit_calibration(*validate())
+    network = merge(replace(network, model=trainer.whole(model)))
+    if processes.is_main_process:
+        save_network(config.run, network)
+        (config.run / "pretrained.json").write_text(json.dumps(pretraining, indent=2))
+        (config.run / "subjects.json").write_text(
+            json.dumps(sorted({features.subjects[i] for i in (*train, *held_out)}))
+        )
+        run.finish(
+            {
+                **origins(sources),
+                "label_notes": label_notes(sources, list(config.tasks)),
+                "preprocessing_digest": network.preprocessing_digest,
+                "vocabulary_digest": network.vocabulary.digest,
+                "episodes": len(train),
+                "validation_episodes": len(held_out),
+                "labelled": labelled(features, train, list(config.tasks)),
+                "steps": trainer.step,
+                "validation_scores": [
+                    s if np.isfinite(s) else None for s in trainer.extra.get("scores", [])
+                ],
+                **fitted,
+            }
+        )
+    return network
+
+
+def _pretraining(folder: Path, sources: Sequence[Source]) -> dict[str, Any]:
+    """Configuration and result of the pre-training, checked against what is read now."""
     pretraining = {
-        "config": json.loads((config.pretrained / "pretrain.json").read_text()),
-        "result": json.loads((config.pretrained / "result.json").read_text()),
+        "config": json.loads((folder / "pretrain.json").read_text()),
+        "result": json.loads((folder / "result.json").read_text()),
     }
     for source in sources:
         if is_another(source.store.info, pretraining["result"]["stores"]):
@@ -47,45 +142,40 @@ def finetune(config: FinetuneConfig) -> Network:
                 f"{source.store.path}: called {source.name!r} like another store, which the "
                 "encoder was pre-trained on; name it with `prepare --name`"
             )
-    torch.manual_seed(config.seed)
-    network = with_heads(pretrained, config)
-    model = network.model.to(device())
-    features = build_features(
-        sources, network.preprocessing, network.vocabulary, config.data.cache, config.label_options
-    )
+    return pretraining
+
+
+def split(
+    features: FeatureSet, config: FinetuneConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Stays to train on and stays held out. Few-shot and `max_episodes` draw from the former."""
     fold = features.fold(config.data.n_folds)
-    train = subsample(
-        np.flatnonzero(fold != config.data.validation_fold), config.data.max_episodes, config.seed
-    )
     held_out = np.flatnonzero(fold == config.data.validation_fold)
+    train = np.flatnonzero(fold != config.data.validation_fold)
     check_apart([features.subjects[i] for i in train], [features.subjects[i] for i in held_out])
-    best_file = config.run / "best.safetensors"
+    if config.data.fraction < 1:
+        died = np.array(
+            [np.nanmax(_mortality(features, i), initial=-1) for i in range(len(features))]
+        )
+        train = few_shot(
+            train,
+            config.data.fraction,
+            config.seed,
+            deaths=np.where(died < 0, np.nan, died)
+            if {"mortality", "decompensation"} & config.tasks.keys()
+            else None,
+            phenotypes=features.phenotypes if "phenotyping" in config.tasks else None,
+        )
+    return subsample(train, config.data.max_episodes, config.seed), held_out
 
-    def epoch_batches(epoch: int) -> list[NDArray[np.int64]]:
-        made = batches(features.lengths[train], config.optim.batch_size, config.seed, epoch)
-        return [train[index] for index in made]
 
-    def step(index: NDArray[np.int64]) -> dict[str, Tensor]:
-        if config.tuning.strategy == "linear":
-            model.series_encoder.eval()  # batch norm would move its running statistics
-        batch = features.batch(index, max_hours=config.max_hours).to(device())
-        hide = (torch.rand(len(index)) < config.modality_dropout).to(device())
-        v = model.encode_hours(batch.series, batch.events * ~hide[:, None, None], batch.hour_mask)
-        losses = task_losses(model.predict(v[batch.hour_mask]), Targets.of(batch))
-        total = torch.stack([config.tasks[t] * losses[t] for t in config.tasks]).sum()
-        return {"loss": total} | losses
+def _mortality(features: FeatureSet, i: int) -> NDArray[np.float32]:
+    labels = features.labels[features.hours(i), LABEL_COLUMNS.index("mortality")]
+    return labels[~np.isnan(labels)]
 
-    def validate() -> tuple[dict[Task, Tensor], Targets]:
-        return predict(model, features, held_out, config.max_hours, config.optim.precision)
 
-    def after_epoch(epoch: int) -> bool:
-        score = selection_score(config.select_by, *validate(), config.tasks)
-        history: list[float] = trainer.extra.setdefault("scores", [])
-        if not history or score > max(history):
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, best_file)
-        history.append(score)
-        return epoch - int(np.argmax(history)) < config.patience
-
+def parameter_groups(model: LLM4EHR, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """What learns: the heads, and with a rate of its own everything else."""
     heads: list[nn.Parameter] = []
     encoder: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -95,34 +185,43 @@ def finetune(config: FinetuneConfig) -> Network:
     if encoder:
         rate = config.encoder_learning_rate or config.optim.learning_rate
         groups.append({"params": encoder, "lr": rate})
-    trainer = Trainer(model, groups, config.optim, run, epoch_batches)
-    trainer.fit(step, after_epoch if len(held_out) else None)
-    if len(held_out):
-        model.load_state_dict(load_file(best_file))
-    save_network(config.run, network)
-    (config.run / "pretrained.json").write_text(json.dumps(pretraining, indent=2))
-    (config.run / "subjects.json").write_text(
-        json.dumps(sorted({features.subjects[i] for i in (*train, *held_out)}))
-    )
-    run.finish(
-        {
-            **origins(sources),
-            "label_notes": label_notes(sources, list(config.tasks)),
-            "preprocessing_digest": network.preprocessing_digest,
-            "vocabulary_digest": network.vocabulary.digest,
-            "episodes": len(train),
-            "validation_episodes": len(held_out),
-            "labelled": labelled(features, train, list(config.tasks)),
-            "steps": trainer.step,
-            "validation_scores": [
-                s if np.isfinite(s) else None for s in trainer.extra.get("scores", [])
-            ],
-            "platt": {},
-            "thresholds": {},
-            **(fit_calibration(*validate()) if len(held_out) else {}),
-        }
-    )
-    return network
+    return groups
+
+
+def _epoch_batches(
+    features: FeatureSet, train: NDArray[np.int64], config: FinetuneConfig, epoch: int
+) -> list[NDArray[np.int64]]:
+    lengths = np.minimum(features.lengths[train], config.max_hours)
+    made = batches(lengths, config.optim.batch_size, config.seed, epoch)
+    return [train[index] for index in made if len(index) >= n_processes()]
+
+
+def _loader(
+    features: FeatureSet, config: FinetuneConfig, model: LLM4EHR
+) -> Callable[[NDArray[np.int64], int, slice], Batch]:
+    """How a batch to train on is made: as the network reads events, some of them hidden."""
+    stream, fused = (model.config.events == kind for kind in ("stream", "fused"))
+
+    def load(index: NDArray[np.int64], step: int, part: slice) -> Batch:
+        hide = np.random.default_rng([config.seed, step]).random(len(index))
+        return features.batch(
+            index[part],
+            model.max_tokens if stream else 0,
+            config.max_hours,
+            with_events=fused,
+            hide_events=hide[part] < config.modality_dropout,
+        )
+
+    return load
+
+
+def _validation_loader(
+    features: FeatureSet, config: FinetuneConfig, model: LLM4EHR, on: torch.device
+) -> Callable[[NDArray[np.int64]], Batch]:
+    """The same for held-out stays: nothing is hidden."""
+    shown = config.model_copy(update={"modality_dropout": 0.0})
+    load = _loader(features, shown, model)
+    return lambda index: load(index, 0, slice(0, len(index))).to(on)
 
 
 def check_apart(train: Sequence[str], held_out: Sequence[str]) -> None:

@@ -27,10 +27,12 @@ _PHENOTYPE_INDEX = {name: i for i, name in enumerate(PHENOTYPES)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelOptions:
-    """How hours are paired with labels, and how much of a stay must be seen first."""
+    """How hours are paired with labels, how much of a stay must be seen first, and (M23) how long a
+    stay must be for mortality to be asked of it."""
 
     align: LabelAlign = "bin_end"
     min_history_hours: float = MIN_HISTORY_HOURS
+    mortality_min_hours: float = 0.0
 
 
 DEFAULT_LABELS = LabelOptions()
@@ -62,7 +64,8 @@ def hourly_labels(
 
     Decompensation and remaining stay are asked at times after `options.min_history_hours` and after
     the first observation, up to the end of the stay and while the patient lives; mortality at every
-    hour that ends inside the stay. A death known to lie in [low, high) is taken as uniform in it.
+    hour that ends inside the stay, of stays of `options.mortality_min_hours` or more. A death known
+    to lie in [low, high) is taken as uniform in it.
     """
     end_of_bin = np.arange(1, n_hours + 1, dtype=np.float64)
     time = end_of_bin - (0.0 if options.align == "bin_end" else 1.0)
@@ -77,7 +80,8 @@ def hourly_labels(
     unknown = np.full(n_hours, np.nan)
     decompensation = mortality = unknown
     if outcome.mortality is not None:
-        mortality = np.where(inside(end_of_bin), float(outcome.mortality), np.nan)
+        if los >= options.mortality_min_hours:
+            mortality = np.where(inside(end_of_bin), float(outcome.mortality), np.nan)
         if not outcome.mortality:
             decompensation = np.zeros(n_hours)
         elif low is not None and high is not None:

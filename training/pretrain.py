@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from accelerate import PartialState
 from numpy.typing import NDArray
-from torch import Tensor
 
 from llm4ehr.backbone import Backbone, load_backbone, spec_from_config
 from llm4ehr.bundle import Network, load_network, save_network
 from llm4ehr.episode import EVENT_CHANNELS, N_VARIABLES, Preprocessing
-from llm4ehr.model import LLM4EHR, ModelConfig, patch_counts
+from llm4ehr.model import LLM4EHR, ModelConfig
 from llm4ehr.vocabulary import Vocabulary
 from training.config import ModelOptions, PretrainConfig
+from training.contrast import PatchEncoder, PretrainStep
 from training.dataset import (
     Batch,
     FeatureSet,
@@ -21,9 +24,13 @@ from training.dataset import (
     fit_preprocessing,
     subsample,
 )
-from training.loop import RunFolder, Trainer, device
-from training.objectives import ObjectiveConfig, contrastive_terms, reconstruction_loss
+from training.event_cache import EventPatches, event_pass_is_frozen, write_event_patches
+from training.loop import Trainer, autocast, device
+from training.processes import n_processes
+from training.run_folder import RunFolder
 from training.sources import open_sources, origins
+
+EVENT_PATCHES = "event_patches.npy"
 
 
 def build_model(
@@ -74,90 +81,83 @@ def round_to_bfloat16(backbone: Backbone) -> None:
         weight.data = weight.data.bfloat16().float()
 
 
-def pretraining_terms(
-    model: LLM4EHR, batch: Batch, config: ObjectiveConfig, hide_events: Tensor
-) -> dict[str, Tensor]:
-    """The three terms and their weighted sum "loss" for one batch.
-
-    `hide_events` [B] is true where the series pass must do without the fused events.
-    """
-    events = batch.events * ~hide_events[:, None, None]
-    v = model.encode_hours(batch.series, events, batch.hour_mask)
-    terms: dict[str, Tensor] = {}
-    if config.lambda_nce or config.lambda_omega:
-        z = model.encode_events(batch.token_ids, batch.token_mask)
-        pooling_mask = (
-            batch.hour_mask if config.pad_hours == "mask" else torch.ones_like(batch.hour_mask)
-        )
-        v_patches = model.pool_hours(v, pooling_mask)
-        n_patches = v_patches.shape[1]
-        z_patches = model.pool_events(z, batch.token_hours, batch.token_mask, n_patches)
-        terms["nce"], terms["omega"] = contrastive_terms(
-            v_patches, z_patches, usable_patches(model, batch, n_patches), config
-        )
-    x = batch.series[..., : model.config.n_variables]
-    terms["recon"] = reconstruction_loss(
-        x, model.reconstruct(v).to(x.dtype), batch.hour_mask, config
-    )
-    weights = {
-        "nce": config.lambda_nce,
-        "omega": config.lambda_omega,
-        "recon": config.lambda_recon,
-    }
-    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-    return {"loss": loss} | terms
-
-
-def usable_patches(model: LLM4EHR, batch: Batch, n_patches: int) -> Tensor:
-    """[B, P] true where a patch has an event token and an hour inside the stay."""
-    hours = model.config.patch_hours
-    patch = torch.arange(batch.hour_mask.shape[1], device=batch.hour_mask.device) // hours
-    with_hours = patch_counts(patch.expand(batch.hour_mask.shape), batch.hour_mask, n_patches) > 0
-    with_tokens = patch_counts(batch.token_hours // hours, batch.token_mask, n_patches) > 0
-    return with_hours & with_tokens
-
-
 def pretrain(config: PretrainConfig) -> Network:
     """Run, resume or, if it is finished, load a pre-training; the network is in the run folder."""
+    processes = PartialState()
     sources = open_sources(config.data.sources, training=True)
     run = RunFolder(config.run, "pretrain", config)
     if run.finished:
         return load_network(config.run)
     torch.manual_seed(config.seed)
-    preprocessing, vocabulary = fit_preprocessing(
-        sources, config.preprocessing, config.data.max_codes
-    )
-    features = build_features(sources, preprocessing, vocabulary, config.data.cache)
+    with processes.main_process_first():
+        preprocessing, vocabulary = fit_preprocessing(
+            sources, config.preprocessing, config.data.max_codes
+        )
+        features = build_features(sources, preprocessing, vocabulary, config.data.cache)
     model = build_model(config.model, preprocessing, vocabulary).to(device())
-    network = Network(model=model, preprocessing=preprocessing, vocabulary=vocabulary)
-
+    if config.optim.compile:
+        model.backbone.model.compile(dynamic=True)
     chosen = training_episodes(features, config)
-    max_tokens = model.max_tokens
 
     def epoch_batches(epoch: int) -> list[NDArray[np.int64]]:
         made = batches(features.lengths[chosen], config.optim.batch_size, config.seed, epoch)
-        return [chosen[index] for index in made]
+        return [chosen[index] for index in made if len(index) >= n_processes()]
 
-    def step(index: NDArray[np.int64]) -> dict[str, Tensor]:
-        batch = features.batch(index, max_tokens).to(device())
-        hide = torch.rand(len(index)) < config.modality_dropout
-        return pretraining_terms(model, batch, config.objective, hide.to(device()))
-
+    encoder = PatchEncoder(model, config.objective)
+    load = _loader(features, config, model, run)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    trainer = Trainer(model, [{"params": parameters}], config.optim, run, epoch_batches)
-    trainer.fit(step)
-    save_network(config.run, network)
-    run.finish(
-        {
-            "episodes": len(chosen),
-            "hours": int(features.lengths[chosen].sum()),
-            "steps": trainer.step,
-            "preprocessing_digest": network.preprocessing_digest,
-            "vocabulary_digest": network.vocabulary.digest,
-            **origins(sources),
-        }
+    trainer = Trainer(
+        encoder, [{"params": parameters}], config.optim, run, epoch_batches, load, config.trackers
     )
+    step = PretrainStep(trainer.module, encoder.queue, config.objective, config.chunk_episodes)
+    trainer.fit(step)
+
+    network = Network(
+        model=trainer.whole(model), preprocessing=preprocessing, vocabulary=vocabulary
+    )
+    if processes.is_main_process:
+        save_network(config.run, network)
+        (run.path / EVENT_PATCHES).unlink(missing_ok=True)
+        run.finish(
+            {
+                "episodes": len(chosen),
+                "hours": int(features.lengths[chosen].sum()),
+                "steps": trainer.step,
+                "preprocessing_digest": network.preprocessing_digest,
+                "vocabulary_digest": network.vocabulary.digest,
+                **origins(sources),
+            }
+        )
     return network
+
+
+def _loader(
+    features: FeatureSet, config: PretrainConfig, model: LLM4EHR, run: RunFolder
+) -> Callable[[NDArray[np.int64], int, slice], Batch]:
+    """How a batch is made: with tokens, event channels or ready event patches, as the run needs."""
+    contrastive = bool(config.objective.lambda_nce or config.objective.lambda_omega)
+    max_tokens = model.max_tokens if contrastive else 0
+    with_events = config.model.events == "fused"
+
+    def make(index: NDArray[np.int64], hide: NDArray[np.bool_] | None = None) -> Batch:
+        return features.batch(index, max_tokens, with_events=with_events, hide_events=hide)
+
+    cache = None
+    if contrastive and event_pass_is_frozen(model):
+        path = run.path / EVENT_PATCHES
+        chosen = training_episodes(features, config)
+        with PartialState().main_process_first(), autocast(config.optim.precision, device()):
+            write_event_patches(
+                path, model, features, chosen, lambda index: make(index).to(device())
+            )
+        cache = EventPatches(path, features, config.model.patch_hours)
+
+    def load(index: NDArray[np.int64], step: int, part: slice) -> Batch:
+        hide = np.random.default_rng([config.seed, step]).random(len(index))
+        batch = make(index[part], hide[part] < config.modality_dropout)
+        return batch if cache is None else cache.add_to(batch)
+
+    return load
 
 
 def training_episodes(features: FeatureSet, config: PretrainConfig) -> NDArray[np.int64]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from llm4ehr.bundle import Network, load_network, save_network
 from llm4ehr.episode import Preprocessing
 from llm4ehr.vocabulary import Vocabulary
-from training import pretrain as module
 from training.config import ModelOptions, PretrainConfig, load_config
+from training.contrast import PatchEncoder, PretrainStep, usable_patches
 from training.dataset import Batch, FeatureSet, build_features
 from training.objectives import ObjectiveConfig
-from training.pretrain import build_model, pretrain, pretraining_terms, training_episodes
+from training.pretrain import build_model, pretrain, training_episodes
 from training.sources import LeakageError, open_sources
 
 Body = Callable[..., dict[str, Any]]
@@ -56,9 +58,22 @@ def fresh(network: Network, tiny_config: Body, **options: Any) -> Any:
     return build_model(chosen, network.preprocessing, network.vocabulary)
 
 
+class OneProcess:
+    """Gradients of a single process; none where they are switched off."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if loss.requires_grad:
+            loss.backward()
+
+    def unsynced(self) -> Any:
+        return nullcontext()
+
+
 def loss_of(model: Any, batch: Batch, hide: bool = False, **objective: Any) -> dict[str, Any]:
-    hidden = torch.full((len(batch.index),), hide)
-    return pretraining_terms(model, batch, ObjectiveConfig(**objective), hidden)
+    """The terms of one step; its gradients are in the model."""
+    shown = replace(batch, hide_events=torch.full((len(batch.index),), hide))
+    encoder = PatchEncoder(model, ObjectiveConfig(**objective))
+    return PretrainStep(encoder, encoder.queue, encoder.config)(shown, OneProcess())
 
 
 # A whole run.
@@ -106,11 +121,12 @@ def test_a_killed_run_ends_with_the_same_network(
         steps += 1
         if steps == 4:
             raise KeyboardInterrupt
-        return pretraining_terms(*arguments)
+        return step(*arguments)
 
+    step = PretrainStep.__call__
     config = config_of(pretrain_body(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "pretraining_terms", killed)
+        patch.setattr(PretrainStep, "__call__", killed)
         with pytest.raises(KeyboardInterrupt):
             pretrain(config)
     assert (tmp_path / "run" / "checkpoint").is_dir()
@@ -156,7 +172,6 @@ def test_one_batch_can_be_learnt_by_heart(
         optimiser.zero_grad()
         terms = loss_of(model, batch, tau=0.1)
         first = first or {name: t.item() for name, t in terms.items()}
-        terms["loss"].backward()
         optimiser.step()
     last = {name: t.item() for name, t in terms.items()}
     assert last["loss"] < first["loss"] - 1
@@ -178,7 +193,7 @@ def test_the_loss_is_the_weighted_sum(network: Network, batch: Batch) -> None:
 
 def test_usable_patches_have_an_hour_and_a_token(network: Network, batch: Batch) -> None:
     n = -(-batch.series.shape[1] // 5)
-    usable = module.usable_patches(network.model, batch, n)
+    usable = usable_patches(network.model, batch, n)
     for b in range(len(batch.index)):
         length = int(batch.hour_mask[b].sum())
         hours = {int(h) for h in batch.token_hours[b][batch.token_mask[b]]}
@@ -200,7 +215,6 @@ def test_a_batch_without_events_is_reconstruction_only(
     terms = loss_of(model, features.batch(np.arange(3)))
     assert (terms["nce"].item(), terms["omega"].item()) == (0, 0)
     assert terms["loss"].item() == terms["recon"].item() > 0
-    terms["loss"].backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.isfinite(g).all() for g in gradients)
 
@@ -209,8 +223,7 @@ def test_a_batch_without_events_is_reconstruction_only(
 def test_hidden_events_leave_the_series_pass_only(network: Network, batch: Batch) -> None:
     seen, hidden = (loss_of(network.model, batch, hide) for hide in (False, True))
     assert seen["recon"] != hidden["recon"]
-    without = Batch(**{n: getattr(batch, n) for n in Batch.__slots__ if n != "events"},
-                    events=torch.zeros_like(batch.events))  # fmt: skip
+    without = replace(batch, events=torch.zeros_like(batch.events))
     again = loss_of(network.model, without)
     assert all(torch.equal(again[name], hidden[name]) for name in hidden)
 
@@ -231,7 +244,7 @@ def test_new_tokens_learn_unless_told_otherwise(
     network: Network, batch: Batch, tiny_config: Body, train: bool
 ) -> None:
     model = fresh(network, tiny_config, train_new_tokens=train)
-    loss_of(model, batch)["loss"].backward()
+    loss_of(model, batch)
     assert (model.tokens.weight.grad is not None) == train
     assert model.decoder.weight.grad.any()
 
