@@ -80,7 +80,8 @@ class Network:
         if self.preprocessing.max_hours > self.model.max_hours:
             return "the backbone has fewer positions than a stay may have hours"
         window = self.model.config.backbone.window
-        if window is not None and self.preprocessing.max_hours > window + 1:
+        longest = self.preprocessing.max_hours + (prompt.length if prompt else 0)
+        if window is not None and longest > window + 1:
             return "the backbone attends to fewer hours than a stay may have"
         return None
 

@@ -189,7 +189,7 @@ class LLM4EHR(nn.Module):
         else:
             if hour_mask is None:
                 hour_mask = torch.ones_like(hours, dtype=torch.bool)
-            hidden = self.prompt(self.backbone, token, hour_mask, hours)
+            hidden = self.prompt(self.backbone, token, hour_mask, hours, right_padded)
         return hidden
 
     def encode_with_suffix(
@@ -203,7 +203,8 @@ class LLM4EHR(nn.Module):
         if not isinstance(self.prompt, SuffixPrompt):
             raise ValueError("this network has no suffix prompt")
         token = self.series_encoder(series, events)
-        return self.prompt.with_summary(self.backbone, token, hour_mask, self._hours(series))
+        hours = self._hours(series)
+        return self.prompt.with_summary(self.backbone, token, hour_mask, hours, True)
 
     def _hours(self, series: Tensor) -> Tensor:
         n_hours = series.shape[1]

@@ -56,8 +56,15 @@ class Prompt(nn.Module):
         self.n_positions = length
         self.shift = 0
 
-    def forward(self, backbone: Backbone, tokens: Tensor, mask: Tensor, hours: Tensor) -> Tensor:
-        """v [B, T, H] of `tokens` [B, T, H], with `mask` and `hours` [B, T]."""
+    def forward(
+        self,
+        backbone: Backbone,
+        tokens: Tensor,
+        mask: Tensor,
+        hours: Tensor,
+        right_padded: bool = False,
+    ) -> Tensor:
+        """v [B, T, H] of `tokens` [B, T, H]; the rest is as the backbone takes it, [B, T] each."""
         raise NotImplementedError
 
     def key_values(self, backbone: Backbone) -> KeyValues:
@@ -73,12 +80,20 @@ class PrefixPrompt(Prompt):
         self.shift = length
         self.vectors = _vectors(length, backbone.hidden_size)
 
-    def forward(self, backbone: Backbone, tokens: Tensor, mask: Tensor, hours: Tensor) -> Tensor:
+    def forward(
+        self,
+        backbone: Backbone,
+        tokens: Tensor,
+        mask: Tensor,
+        hours: Tensor,
+        right_padded: bool = False,
+    ) -> Tensor:
         """See `Prompt`."""
         hidden: Tensor = backbone(
             torch.cat([self.vectors.expand(len(tokens), -1, -1), tokens], dim=1),
             nn.functional.pad(mask, (self.length, 0), value=True),
             torch.cat([self._positions(hours).expand(len(hours), -1), hours + self.shift], dim=1),
+            right_padded=right_padded,
         )
         return hidden[:, self.length :]
 
@@ -100,14 +115,29 @@ class SuffixPrompt(Prompt):
         super().__init__(backbone, length)
         self.vectors = _vectors(length, backbone.hidden_size)
 
-    def forward(self, backbone: Backbone, tokens: Tensor, mask: Tensor, hours: Tensor) -> Tensor:
+    def forward(
+        self,
+        backbone: Backbone,
+        tokens: Tensor,
+        mask: Tensor,
+        hours: Tensor,
+        right_padded: bool = False,
+    ) -> Tensor:
         """See `Prompt`. In a causal backbone the suffix changes no hour of the stay."""
-        return self.with_summary(backbone, tokens, mask, hours)[0]
+        return self.with_summary(backbone, tokens, mask, hours, right_padded)[0]
 
     def with_summary(
-        self, backbone: Backbone, tokens: Tensor, mask: Tensor, hours: Tensor
+        self,
+        backbone: Backbone,
+        tokens: Tensor,
+        mask: Tensor,
+        hours: Tensor,
+        right_padded: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """v [B, T, H] and the mean state over the suffix [B, H]; v is void after a stay's end."""
+        """v [B, T, H] and the mean state over the suffix [B, H]; v is void after a stay's end.
+
+        The hours of a stay come first in its row of `mask`.
+        """
         n_hours = tokens.shape[1]
         place = torch.arange(self.length, device=tokens.device)
         index = mask.sum(1, keepdim=True) + place  # [B, K]
@@ -117,6 +147,7 @@ class SuffixPrompt(Prompt):
             room.scatter(1, rows, self.vectors.to(room.dtype).expand_as(rows)),
             nn.functional.pad(mask, (0, self.length)).scatter(1, index, True),
             torch.cat([hours, hours[:, -1:] + 1 + place], dim=1),
+            right_padded=right_padded,
         )
         return hidden[:, :n_hours], hidden.gather(1, rows).mean(1)
 
@@ -139,7 +170,14 @@ class KeyValuePrompt(Prompt):
         self.keys = _vectors(layers, heads, length, size)
         self.values = _vectors(layers, heads, length, size)
 
-    def forward(self, backbone: Backbone, tokens: Tensor, mask: Tensor, hours: Tensor) -> Tensor:
+    def forward(
+        self,
+        backbone: Backbone,
+        tokens: Tensor,
+        mask: Tensor,
+        hours: Tensor,
+        right_padded: bool = False,
+    ) -> Tensor:
         """See `Prompt`."""
         one_each = (len(tokens), -1, -1, -1)
         cache = DynamicCache(
