@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from llm4ehr.bundle import load_bundle, load_network
-from llm4ehr.calibration import OutputMap, default_calibration
+from llm4ehr.calibration import calibration_from_json
 from llm4ehr.model import Task
-from training.config import SourceConfig
+from training.config import FinetuneConfig, SourceConfig
 from training.curves import draw_curves
 from training.data.phenotypes import PHENOTYPES
 from training.evaluation.facts import facts
 from training.evaluation.held_out import with_threshold
-from training.evaluation.reading import Reading
 from training.evaluation.report import Table, scored_rows, task_metrics
 from training.evaluation.scorer import Scorer
 from training.evaluation.table import flat, hourly_table, pooled
 from training.labels import MIN_HISTORY_HOURS, LabelOptions
+from training.readout import ReadoutOptions
 from training.run_folder import environment
 from training.sources import Source, is_another, open_sources
 
@@ -157,19 +157,16 @@ def load_scorer(model: Path) -> Scorer:
     heads = network.model.config.heads
     if not heads:
         raise ValueError(f"{model}: the network has no heads; name a fine-tuning run or a bundle")
-    result, config = (json.loads((model / f"{f}.json").read_text()) for f in ("result", "finetune"))
-    calibration = default_calibration(list(heads))
-    if "remaining_los" in heads:
-        calibration["remaining_los"] = OutputMap(kind=config["los_scale"])
-    for task, (a, b) in result["platt"].items():
-        calibration[task] = OutputMap(kind="platt", a=a, b=b)
+    result = json.loads((model / "result.json").read_text())
+    config = FinetuneConfig.model_validate_json((model / "finetune.json").read_text())
     return Scorer(
         network=network,
-        calibration=calibration,
+        calibration=calibration_from_json(result["calibration"]),
         thresholds=result["thresholds"],
         phenotypes=PHENOTYPES if "phenotyping" in heads else (),
-        label_options=_label_options(config),
-        reading=Reading.of(config),
+        label_options=config.label_options,
+        readout=ReadoutOptions.of(config, network.model.config.patch_hours),
+        cache=config.data.cache,
     )
 
 

@@ -33,8 +33,12 @@ def facts(model: Path, scorer: Scorer, episodes: Iterable[str]) -> dict[str, Any
         "attention_mode": network.model.config.backbone.attention_mode,
         "imputation": network.preprocessing.imputation,
         "uses_later_observations": not network.causal,
-        "label_align": scorer.label_options.align,
-        **asdict(scorer.reading),
+        **asdict(scorer.label_options),
+        "hourly_unit": "patch" if scorer.readout.by_patch else "hour",
+        "readout": {
+            task: scorer.readout.per_stay.get(task, "hourly") for task in network.model.config.heads
+        },
+        "max_hours": scorer.readout.max_hours,
         "backbone_family": network.model.config.backbone.model_type,
         "backbone_sha256": weights_sha256(network.model.backbone),
         "preprocessing_sha256": network.preprocessing_digest,

@@ -1,24 +1,37 @@
-"""Answers and labels of stays as columns, one row an episode-hour, scored by `llm4ehr.offline`."""
+"""Answers and labels of stays as columns, one row an episode-hour."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm4ehr.model import Task
-from llm4ehr.offline import EpisodeScores, score_episodes
-from llm4ehr.store import EpisodeRecord
+from llm4ehr.offline import score_episodes
 from training.data.phenotypes import PHENOTYPES
-from training.evaluation.reading import patch_answers, patch_labels, stay_answer
+from training.dataset import LABEL_COLUMNS, Batch, build_features
 from training.evaluation.report import MORTALITY_HOUR
 from training.evaluation.scorer import Scorer
+from training.heads import predict
 from training.labels import phenotype_flags, record_labels
+from training.loop import device
 from training.progress import track
+from training.readout import TaskModule
 from training.sources import Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scored:
+    """Raw outputs and labels of one stay, T hours."""
+
+    episode: str
+    subject: str
+    raw: Mapping[Task, NDArray[np.float32]]  # [T, n]
+    hourly: NDArray[np.float32]  # [T, 3] labels, columns LABEL_COLUMNS
+    phenotypes: NDArray[np.float32]  # [25]
 
 
 def hourly_table(scorer: Scorer, source: Source) -> dict[str, NDArray[Any]]:
@@ -26,90 +39,93 @@ def hourly_table(scorer: Scorer, source: Source) -> dict[str, NDArray[Any]]:
 
     `phenotyping` and `label_phenotyping` are [rows, labels of the head]; everything else is [rows].
     `last` is true at the last hour that is read of a stay, `read_mortality` where mortality is
-    judged. An answer is NaN where none is given: a task that is read out once a stay answers at its
-    last hour, hourly tasks that are asked by patch at the last hour of every patch, where the label
-    is that of the patch. Hours of the remaining stay are at least 0 but in
+    judged. What is answered once a stay is NaN before the last hour; what is asked once a patch has
+    a label at the last hour of the patch alone. Hours of the remaining stay are at least 0, but in
     `remaining_los_unclipped`.
     """
+    scored = _scored_hourly if scorer.readout.deployable else _read_out
     parts: dict[str, list[NDArray[Any]]] = {}
-    for block in track(source.store.blocks(), f"scoring {source.name}", source.store.n_blocks):
-        records = [r for r in block if r.episode.episode_id in source.episode_ids]
-        episodes = [scorer.as_read(r.episode) for r in records]
-        scored = score_episodes(scorer.network, episodes)
-        for record, scores in zip(records, scored, strict=True):
-            columns = _identity(source, record, len(scores.hidden))
-            columns |= _labels(scorer, source, record, len(scores.hidden))
-            columns |= _answers(scorer, scores)
-            columns["read_mortality"] = (
-                columns["hour"] == MORTALITY_HOUR
-                if scorer.reading.mortality == "hourly"
-                else columns["last"]
-            )
-            for name, column in columns.items():
-                parts.setdefault(name, []).append(column)
+    for stay in scored(scorer, source):
+        for name, column in _columns(scorer, source, stay).items():
+            parts.setdefault(name, []).append(column)
     return {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
-def _identity(source: Source, record: EpisodeRecord, n: int) -> dict[str, NDArray[Any]]:
-    return {
-        "episode": np.full(n, source.key(record.episode.episode_id)),
-        "subject": np.full(n, source.key(record.subject_id)),
-        "hour": np.arange(n),
-        "last": np.arange(n) == n - 1,
-    }
+def _scored_hourly(scorer: Scorer, source: Source) -> Iterator[_Scored]:
+    """Through `llm4ehr.offline`, the same road as batch jobs of the service."""
+    for block in track(source.store.blocks(), f"scoring {source.name}", source.store.n_blocks):
+        records = [r for r in block if r.episode.episode_id in source.episode_ids]
+        episodes = [scorer.as_read(record.episode) for record in records]
+        answers = score_episodes(scorer.network, episodes)
+        for record, scores in zip(records, answers, strict=True):
+            labels = record_labels(record, len(scores.hidden), scorer.label_options)
+            columns = [labels.decompensation, labels.mortality, labels.remaining_los]
+            yield _Scored(
+                episode=source.key(record.episode.episode_id),
+                subject=source.key(record.subject_id),
+                raw=scores.raw,
+                hourly=np.stack(columns, axis=1),
+                phenotypes=phenotype_flags(record.outcome),
+            )
 
 
-def _labels(
-    scorer: Scorer, source: Source, record: EpisodeRecord, n: int
-) -> dict[str, NDArray[Any]]:
-    outcome, reading = record.outcome, scorer.reading
-    made = record_labels(record, n, scorer.label_options)
-    mortality = made.mortality
-    if reading.mortality != "hourly" and outcome.mortality is not None:
-        mortality = np.full(n, outcome.mortality, np.float32)
-    stay = record.episode.n_hours if outcome.los_hours is None else outcome.los_hours
-    if stay < reading.mortality_min_hours:
-        mortality = np.full(n, np.nan, np.float32)
-    decompensation, remaining_los = made.decompensation, made.remaining_los
-    if reading.hourly_unit == "patch":
-        decompensation = patch_labels(decompensation, scorer.patch_hours, "max")
-        remaining_los = patch_labels(remaining_los, scorer.patch_hours, "min")
+def _read_out(scorer: Scorer, source: Source) -> Iterator[_Scored]:
+    """As fine-tuning selects: for the read-outs of the paper's tables, which nobody serves."""
+    network, options = scorer.network, scorer.readout
+    model = network.model.to(device())
+    features = build_features(
+        [source], network.preprocessing, network.vocabulary, scorer.cache, scorer.label_options
+    )
+
+    def load(index: NDArray[np.int64]) -> Batch:
+        return features.batch(index, model.max_tokens, options.max_hours).to(device())
+
+    everyone = np.arange(len(features))
+    outputs, targets = predict(TaskModule(model, options), options, load, everyone, "fp32")
+    stay = targets.stay.numpy()
+    starts = np.searchsorted(stay, np.arange(len(features) + 1))
+    for i in everyone:
+        rows = slice(starts[i], starts[i + 1])
+        raw = {task: out[rows].numpy().copy() for task, out in outputs.items()}
+        for task in options.per_stay.keys() & raw.keys():
+            raw[task][:-1] = np.nan
+        yield _Scored(
+            episode=source.key(features.episode_ids[i]),
+            subject=features.subjects[i],
+            raw=raw,
+            hourly=targets.hourly[rows].numpy(),
+            phenotypes=targets.phenotypes[i].numpy(),
+        )
+
+
+def _columns(scorer: Scorer, source: Source, stay: _Scored) -> dict[str, NDArray[Any]]:
+    n = len(stay.hourly)
+    hours = np.arange(n)
     order = [PHENOTYPES.index(name) for name in scorer.phenotypes]
-    labels: dict[Task, NDArray[np.float32]] = {
-        "decompensation": decompensation,
-        "mortality": mortality,
-        "remaining_los": remaining_los,
-        "phenotyping": np.tile(phenotype_flags(outcome)[order], (n, 1)),
-    }
-    return {
-        f"label_{task}": label if source.labels_taken(task) else label * np.nan
-        for task, label in labels.items()
-    }
-
-
-def _answers(scorer: Scorer, scores: EpisodeScores) -> dict[str, NDArray[Any]]:
-    raw = {task: _as_read(scorer, task, x) for task, x in scores.raw.items()}
+    labels: dict[Task, NDArray[np.float32]] = dict(zip(LABEL_COLUMNS, stay.hourly.T, strict=True))
+    labels["phenotyping"] = np.tile(stay.phenotypes[order], (n, 1))
+    last = hours == n - 1
+    once = "mortality" in scorer.readout.per_stay
     columns: dict[str, NDArray[Any]] = {
-        task: answer if task == "phenotyping" else answer[:, 0]
-        for task, answer in replace(scores, raw=raw).answers(scorer.calibration).items()
+        "episode": np.full(n, stay.episode),
+        "subject": np.full(n, stay.subject),
+        "hour": hours,
+        "last": last,
+        "read_mortality": last if once else hours == MORTALITY_HOUR,
     }
-    if "mortality" in raw:
-        x = raw["mortality"][:, 0].astype(np.float64)
+    for task, label in labels.items():
+        columns[f"label_{task}"] = label if source.labels_taken(task) else label * np.nan
+    for task, raw in stay.raw.items():
+        answer = scorer.calibration[task](raw, hours)
+        columns[task] = answer if task == "phenotyping" else answer[:, 0]
+    if "mortality" in stay.raw:
+        x = stay.raw["mortality"][:, 0].astype(np.float64)
         columns["mortality_uncalibrated"] = 1 / (1 + np.exp(-x))
-    if "remaining_los" in raw:
-        x = raw["remaining_los"][:, 0].astype(np.float64)
+    if "remaining_los" in stay.raw:
+        x = stay.raw["remaining_los"][:, 0].astype(np.float64)
         days = np.expm1(x) if scorer.calibration["remaining_los"].kind == "log_days" else x
         columns["remaining_los_unclipped"] = 24 * days
     return columns
-
-
-def _as_read(scorer: Scorer, task: Task, raw: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Raw outputs [T, n] with NaN at the hours at which the task is not answered."""
-    reading = scorer.reading
-    if task in ("mortality", "phenotyping"):
-        how = reading.mortality if task == "mortality" else reading.phenotyping
-        return raw if how == "hourly" else stay_answer(raw, how)
-    return raw if reading.hourly_unit == "hour" else patch_answers(raw, scorer.patch_hours)
 
 
 def pooled(tables: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
