@@ -110,9 +110,7 @@ class OutputMap:
         self, raw: NDArray[np.floating], hours: NDArray[np.integer]
     ) -> NDArray[np.float64]:
         """Answers [..., T, n] to raw outputs [..., T, n] at hours [T] since admission."""
-        u = np.log1p(np.minimum(hours, self.last_hour).astype(np.float64))[..., None]
-        slope, level = self.a + self.a_hour * u, self.b + self.b_hour * u
-        z: NDArray[np.float64] = slope * np.asarray(raw, dtype=np.float64) + level
+        z = self.line(raw, hours)
         if self.kind == "platt":
             return _sigmoid(z)
         if self.kind == "isotonic":
@@ -122,6 +120,13 @@ class OutputMap:
         days = np.expm1(np.minimum(z, 10.0)) if self.kind == "log_days" else z
         hours_left: NDArray[np.float64] = np.maximum(24.0 * days, 0.0)
         return hours_left
+
+    def line(self, raw: NDArray[np.floating], hours: NDArray[np.integer]) -> NDArray[np.float64]:
+        """z [..., T, n] of raw outputs [..., T, n] at hours [T]."""
+        u = np.log1p(np.minimum(hours, self.last_hour).astype(np.float64))[..., None]
+        slope, level = self.a + self.a_hour * u, self.b + self.b_hour * u
+        z: NDArray[np.float64] = slope * np.asarray(raw, dtype=np.float64) + level
+        return z
 
     def bounds(
         self, raw: NDArray[np.floating], hours: NDArray[np.integer]

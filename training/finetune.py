@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llm4ehr.bundle import Network, load_network, save_network
 from llm4ehr.model import LLM4EHR, Task
-from training.calibrate import fit_calibration
+from training.calibrate import fit_calibration, uncalibrated
 from training.checkpoint import learning_state, load_learning_state
 from training.config import FinetuneConfig
 from training.dataset import LABEL_COLUMNS, Batch, FeatureSet, batches, build_features, subsample
@@ -101,9 +101,7 @@ def finetune(config: FinetuneConfig) -> Network:
     processes.wait_for_everyone()
     if selects:
         load_learning_state(trainer.module, load_file(best_file))
-    fitted: dict[str, Any] = {"platt": {}, "thresholds": {}}
-    if len(held_out):
-        fitted = fit_calibration(*validate())
+    fitted = fit_calibration(config, *validate()) if len(held_out) else uncalibrated(config)
     network = merge(replace(network, model=trainer.whole(model)))
     if processes.is_main_process:
         save_network(config.run, network)

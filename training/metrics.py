@@ -123,28 +123,42 @@ def r2(y: Floats, p: Floats) -> float:
     return float(1 - np.sum((y - p) ** 2) / np.sum((y - y.mean()) ** 2))
 
 
-def fit_platt(logit: Floats, y: Floats) -> tuple[float, float]:
+def fit_platt(logit: Floats, y: Floats, weight: Floats | None = None) -> tuple[float, float]:
     """a, b of sigmoid(a x + b) by maximum likelihood, with Platt's smoothed targets.
 
-    y may be soft. Returns (1, 0) when only one class is there.
+    y may be soft; a row of weight w counts as w rows. Returns (1, 0) when only one class is there.
     """
-    x, y = np.asarray(logit, np.float64), np.asarray(y, np.float64)
-    positive, negative = y.sum(), (1 - y).sum()
-    if positive == 0 or negative == 0:
-        return 1.0, 0.0
+    x = np.asarray(logit, np.float64)
+    line = fit_logistic(np.stack([x, np.ones_like(x)], axis=1), y, weight)
+    return (1.0, 0.0) if line is None else (float(line[0]), float(line[1]))
+
+
+def fit_logistic(
+    design: Floats, y: Floats, weight: Floats | None = None
+) -> NDArray[np.float64] | None:
+    """Coefficients [k] of sigmoid(design @ w), design [n, k], as `fit_platt` fits its two.
+
+    None when only one class is there.
+    """
+    y = np.asarray(y, np.float64)
+    weight = np.ones_like(y) if weight is None else np.asarray(weight, np.float64)
+    positive, negative = weight @ y, weight @ (1 - y)
+    if positive <= 0 or negative <= 0:
+        return None
     target = y * (positive + 1) / (positive + 2) + (1 - y) / (negative + 2)
-    centre, spread = x.mean(), x.std() or 1.0
-    design = np.stack([(x - centre) / spread, np.ones_like(x)], axis=1)
+    # In the basis of an orthogonal design the steps are of one size, whatever the scales.
+    scaled, basis = np.linalg.qr(design)
+    scaled, basis = scaled * np.sqrt(len(y)), basis / np.sqrt(len(y))
 
     def loss(w: Floats) -> float:
-        return float(np.sum(np.logaddexp(0, design @ w) - target * (design @ w)))
+        return float(weight @ (np.logaddexp(0, scaled @ w) - target * (scaled @ w)))
 
-    w = np.array([0.0, np.log(positive / negative)])
+    w = np.zeros(design.shape[1])
     here = loss(w)
     for _ in range(100):
-        p = 1 / (1 + np.exp(-np.clip(design @ w, -50, 50)))
-        gradient = design.T @ (p - target)
-        hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-9 * np.eye(2)
+        p = 1 / (1 + np.exp(-np.clip(scaled @ w, -50, 50)))
+        gradient = scaled.T @ (weight * (p - target))
+        hessian = (scaled * (weight * p * (1 - p))[:, None]).T @ scaled + 1e-9 * np.eye(len(w))
         move = np.linalg.solve(hessian, gradient)
         # Where the risks saturate a full Newton step runs away: halve it until the loss falls.
         while (there := loss(w - move)) > here and np.abs(move).max() > 1e-10:
@@ -152,8 +166,7 @@ def fit_platt(logit: Floats, y: Floats) -> tuple[float, float]:
         w, here = w - move, there
         if np.abs(move).max() < 1e-10:
             break
-    a = w[0] / spread
-    return float(a), float(w[1] - a * centre)
+    return np.linalg.lstsq(basis, w)[0]
 
 
 def bootstrap(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from llm4ehr.bundle import Network, load_bundle, load_network
+from llm4ehr.calibration import OutputMap, calibration_from_json
 from llm4ehr.offline import score_episodes
 from llm4ehr.store import EpisodeStore
 from training import finetune as module
@@ -191,15 +192,16 @@ def test_no_patient_is_on_both_sides() -> None:
         check_apart(["a/1", "a/2"], ["a/2", "b/1"])
 
 
-def test_a_falling_calibration_line_is_not_taken() -> None:
+def test_a_falling_calibration_line_is_not_taken(config: Config) -> None:
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.normal(size=(200, 1)))
     y = (rng.random(200) < 1 / (1 + np.exp(-2 * x[:, 0].numpy()))).astype(float)
     stay = list(range(200))
-    fitted = fit_calibration({"mortality": x}, targets(stay, mortality=y.tolist()))
-    assert fitted["platt"]["mortality"][0] > 1
-    fitted = fit_calibration({"mortality": -x}, targets(stay, mortality=y.tolist()))
-    assert fitted["platt"] == {}
+    chosen = config(Path("run"))
+    fitted = fit_calibration(chosen, {"mortality": x}, targets(stay, mortality=y.tolist()))
+    assert fitted["calibration"]["mortality"]["a"] > 1
+    fitted = fit_calibration(chosen, {"mortality": -x}, targets(stay, mortality=y.tolist()))
+    assert fitted["calibration"] == {"mortality": asdict(OutputMap(kind="platt"))}
     assert 0 < fitted["thresholds"]["mortality"] < 1
 
 
@@ -265,7 +267,11 @@ def test_a_run_leaves_everything_behind(tuned: Path) -> None:
     assert (result["episodes"], result["validation_episodes"]) == (9, 6)
     assert len(result["validation_scores"]) == 2
     assert set(result["thresholds"]) == {"mortality", "decompensation"}
-    assert set(result["platt"]) == {"decompensation"}  # mortality: the line of six stays falls
+    maps = calibration_from_json(result["calibration"])
+    assert set(maps) == set(TASKS)
+    assert maps["mortality"] == OutputMap(kind="platt")  # the line of six stays falls
+    assert maps["decompensation"].a != 1
+    assert maps["remaining_los"] == OutputMap(kind="log_days")  # six stays give no interval
     log = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
     assert len(log) == result["steps"] == 6
     assert log[0].keys() >= {"loss", *TASKS}
@@ -393,10 +399,8 @@ def test_a_run_is_evaluated_and_exported(
     folder = export(tuned, tmp_path, "tiny", 3, [tmp_path / "evaluation" / "metrics.json"])
     bundle = load_bundle(tmp_path, "tiny", 3)
     assert folder == tmp_path / "tiny" / "3"
-    a, b = json.loads((tuned / "result.json").read_text())["platt"]["decompensation"]
-    calibration = bundle.calibration
-    assert (calibration["decompensation"].a, calibration["decompensation"].b) == (a, b)
-    assert (calibration["mortality"].a, calibration["mortality"].b) == (1, 0)
+    result = json.loads((tuned / "result.json").read_text())
+    assert bundle.calibration == calibration_from_json(result["calibration"])
     assert bundle.labels["thresholds"].keys() == {"mortality", "decompensation"}
     again = evaluate(folder, [store_2012], ["b"])
     assert again["tasks"] == report["tasks"]
