@@ -9,11 +9,12 @@ import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 
-from llm4ehr.backbone import Backbone, load_backbone, spec_from_config
+from llm4ehr.backbone import Backbone, spec_from_config
 from llm4ehr.bundle import Network, load_network, save_network
 from llm4ehr.episode import EVENT_CHANNELS, N_VARIABLES, Preprocessing
 from llm4ehr.model import LLM4EHR, ModelConfig
 from llm4ehr.vocabulary import Vocabulary
+from training.backbones import full_config, load_source
 from training.config import ModelOptions, PretrainConfig
 from training.contrast import PatchEncoder, PretrainStep
 from training.dataset import (
@@ -40,14 +41,14 @@ def build_model(
     backbone = options.backbone
     loaded = None
     if backbone.source is not None:
-        loaded = load_backbone(
+        loaded = load_source(
             backbone.source, attention_mode=backbone.attention_mode, frozen=backbone.frozen
         )
         spec = loaded.backbone.spec
     else:
         assert backbone.config is not None
         spec = spec_from_config(
-            backbone.config, attention_mode=backbone.attention_mode, frozen=False
+            full_config(backbone.config), attention_mode=backbone.attention_mode, frozen=False
         )
     model = LLM4EHR(
         ModelConfig(
