@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose
 
 from llm4ehr.bundle import Network
 from llm4ehr.calibration import default_calibration
 from llm4ehr.episode import Episode, Features, featurise
 from llm4ehr.offline import TOLERANCE, score_episodes
+from llm4ehr.prompts import PromptSpec
 from service.engine.backends.base import TickResult
 from service.engine.backends.slot_attention import SlotCache, SlotRows
 from service.engine.backends.torch_cpu import (
@@ -32,9 +35,31 @@ N_HOURS = 40
 N_SLOTS = 5
 
 
-@pytest.fixture
-def network(family: str, tiny_network: Make) -> Network:
-    return tiny_network(family, heads=HEADS)
+TUNINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "adapter": {"adapter": 8},
+    "prefix": {"prompt": PromptSpec(position="prefix", length=20)},
+    "kv": {"prompt": PromptSpec(position="kv", length=20)},
+}
+# Every family, and every tuning in two of them.
+NETWORKS = [(f, "plain") for f in ("bert", "gpt2", "llama", "longformer", "opt", "roberta")]
+NETWORKS += [("gpt2", "adapter"), ("bert", "adapter"), ("opt", "prefix"), ("roberta", "prefix")]
+NETWORKS += [("gpt2", "kv"), ("llama", "kv")]
+
+
+def tuned(make: Make, family: str, tuning: str) -> Network:
+    """A network in which what the tuning has added does something."""
+    network = make(family, heads=HEADS, **TUNINGS[tuning])
+    torch.manual_seed(1)
+    for name, parameter in network.model.named_parameters():
+        if ".adapter." in name or name.startswith("prompt."):
+            parameter.data.normal_(std=0.3)
+    return network
+
+
+@pytest.fixture(params=NETWORKS, ids=lambda pair: "-".join(pair))
+def network(request: pytest.FixtureRequest, tiny_network: Make) -> Network:
+    return tuned(tiny_network, *request.param)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +120,17 @@ def test_slots_give_what_a_plain_forward_gives(
     assert_like_offline(network, stay, chunks)
 
 
+@pytest.mark.parametrize("tuning", ["adapter", "prefix", "kv"])
+def test_every_family_is_served_with_every_tuning(
+    family: str, tiny_network: Make, stay: Episode, tuning: str
+) -> None:
+    network = tuned(tiny_network, family, tuning)
+    assert_like_offline(network, stay, PREFILL)
+    plain = replace(network, model=tiny_network(family, heads=HEADS).model)
+    (with_it,), (without,) = score_episodes(network, [stay]), score_episodes(plain, [stay])
+    assert np.abs(with_it.hidden - without.hidden).max() > 0.1
+
+
 def test_the_last_hour_of_the_longest_stay_fits(network: Network, random_episode: Stay) -> None:
     chunks = [ROWS] * 12 + [8]
     assert_like_offline(network, random_episode(2, 200), chunks)
@@ -145,12 +181,15 @@ def test_neighbours_do_not_matter(network: Network, random_episode: Stay) -> Non
 
 
 def test_what_stands_elsewhere_is_never_read(network: Network, stay: Episode) -> None:
-    """Later hours of the slot, other slots and the scratch slot hold nothing but NaN."""
+    """Later hours of the slot, other slots and the scratch slot hold nothing but NaN. So does the
+    place of the prompt in other slots."""
     features = features_of(network, stay)
     alone = computed(backend_of(network), features, STEPS)
     backend = backend_of(network)
+    prompt = network.model.prompt.length if network.model.prompt else 0
     for pool in (*backend._cache.keys, *backend._cache.values):
-        pool.fill_(float("nan"))
+        pool[:, :, prompt:] = float("nan")
+        pool[torch.arange(len(pool)) != 2] = float("nan")
     assert same_bits(computed(backend, features, [3] * 13 + [1], slot=2), alone)
 
 
@@ -172,7 +211,7 @@ def _lengths(change: int) -> Callable[[pytest.MonkeyPatch], None]:
 
         def changed(self: SlotCache, slots: list[int], positions: list[int], n: int) -> object:
             hours = begin(self, slots, positions, n)
-            self._lengths = [max(p + 1 + change, 1) for p in positions]
+            self._lengths = [max(n + change, 1) for n in self._lengths]
             return hours
 
         patch.setattr(SlotCache, "begin_tick", changed)
@@ -263,6 +302,11 @@ def test_a_network_that_reads_the_future_is_refused(tiny_network: Make) -> None:
             backend_of(network)
 
 
+def test_a_network_that_reads_out_after_the_last_hour_is_refused(tiny_network: Make) -> None:
+    with pytest.raises(ValueError, match="suffix prompt"):
+        backend_of(tiny_network(prompt=PromptSpec(position="suffix", length=20)))
+
+
 def test_a_backbone_shorter_than_a_stay_is_refused(tiny_network: Make) -> None:
     """Its first row beyond the last position would stop the engine for everybody."""
     network = tiny_network()
@@ -288,5 +332,10 @@ def test_memory_is_counted_by_key_value_heads(tiny_network: Make) -> None:
     slot = 2 * 4 * 200 * 2 * 16  # K and V, 4 bytes, hours, layers, channels
     for memory, slots in ((0, 1), (slot, 1), (2 * slot - 1, 1), (2 * slot, 2), (90 * slot, 90)):
         assert slots_for(tiny_network("gpt2"), memory) == slots
+    for tuning in ("prefix", "kv"):  # a prompt of 20 beside 200 hours
+        network = tuned(tiny_network, "gpt2", tuning)
+        assert slots_for(network, 11 * slot) == 10
+        pools = backend_of(network)._cache.keys
+        assert [tuple(pool.shape) for pool in pools] == [(N_SLOTS + 1, 2, 220, 8)] * 2
     pools = backend_of(tiny_network("llama"))._cache.keys
     assert [tuple(pool.shape) for pool in pools] == [(N_SLOTS + 1, 2, 200, 4)] * 2
