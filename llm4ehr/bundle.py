@@ -11,6 +11,7 @@
     calibration.json       raw output -> answer, for each head
     metrics.json           how well it does, and the commands that measured it
     MODEL_CARD.md
+    model.onnx, step.onnx, weights.onnx.data    optional: the network for other runtimes
 
 The digest of a bundle is the SHA-256 of its manifest.
 """
@@ -21,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ _NETWORK_FILES = ("config.json", "model.safetensors", "preprocessing.json", "voc
 _BUNDLE_FILES = (
     *_NETWORK_FILES, "labels.json", "calibration.json", "metrics.json", "MODEL_CARD.md",
 )  # fmt: skip
+_GRAPH_FILES = ("model.onnx", "step.onnx", "weights.onnx.data")
 
 
 class BundleError(ValueError):
@@ -140,6 +142,14 @@ def load_network(folder: Path) -> Network:
     return Network(model=model.eval(), preprocessing=preprocessing, vocabulary=vocabulary)
 
 
+def free_folder(repository: Path, name: str, version: int) -> Path:
+    """Where a new version belongs. Raises BundleError if there is one."""
+    folder = repository / name / str(version)
+    if folder.exists():
+        raise BundleError(f"{folder} exists; versions are immutable, choose the next number")
+    return folder
+
+
 def save_bundle(
     repository: Path,
     name: str,
@@ -151,11 +161,15 @@ def save_bundle(
     metrics: Mapping[str, Any],
     card: str,
     half: bool = False,
+    graphs: Sequence[Path] = (),
 ) -> Path:
-    """Write a complete bundle and return its folder. A version that exists is never overwritten."""
-    folder = repository / name / str(version)
-    if folder.exists():
-        raise BundleError(f"{folder} exists; versions are immutable, choose the next number")
+    """Write a complete bundle and return its folder. A version that exists is never overwritten.
+
+    The files `graphs` (ONNX and weights, by their names in the bundle) are moved into it.
+    """
+    folder = free_folder(repository, name, version)
+    if unknown := sorted({file.name for file in graphs} - set(_GRAPH_FILES)):
+        raise BundleError(f"{unknown[0]} is not the name of a graph file of a bundle")
     partial = folder.with_name(f"{version}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -164,11 +178,16 @@ def save_bundle(
         _write_json(partial / "calibration.json", calibration_json(calibration))
         _write_json(partial / "metrics.json", metrics)
         (partial / "MODEL_CARD.md").write_text(card)
+        for file in graphs:
+            shutil.move(file, partial / file.name)
         manifest = {
             "schema_version": BUNDLE_SCHEMA_VERSION,
             "name": name,
             "version": version,
-            "files": {file: _sha256(partial / file) for file in _BUNDLE_FILES},
+            "files": {
+                file: _sha256(partial / file)
+                for file in (*_BUNDLE_FILES, *(file.name for file in graphs))
+            },
         }
         _write_json(partial / "manifest.json", manifest)
         partial.rename(folder)
@@ -198,11 +217,12 @@ def load_bundle(repository: Path, name: str, version: int) -> Bundle:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise BundleError(f"{folder / 'manifest.json'}: `files` is not a mapping")
-    if unknown := sorted(files.keys() - set(_BUNDLE_FILES)):
+    if unknown := sorted(files.keys() - {*_BUNDLE_FILES, *_GRAPH_FILES}):
         raise BundleError(f"{folder / 'manifest.json'}: hash for the unknown file {unknown[0]}")
     for file in _BUNDLE_FILES:
         if file not in files:
             raise BundleError(f"{folder / 'manifest.json'}: no hash for {file}")
+    for file in files:
         if not (folder / file).is_file():
             raise BundleError(f"{folder / file}: missing")
         if _sha256(folder / file) != files[file]:
