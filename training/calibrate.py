@@ -172,10 +172,12 @@ def _knots(z: Floats, y: Floats, weight: Floats, n_stays: int) -> tuple[tuple[fl
     isotonic regression, Oron & Flournoy 2017). One more stay with the mean risk keeps the ends away
     from 0 and 1.
     """
+    order = np.argsort(z, kind="stable")
+    z, y, weight = z[order], y[order], weight[order]
     fitted = IsotonicRegression().fit_transform(z, y, sample_weight=weight)
-    levels, step = np.unique(fitted, return_inverse=True)
-    mass = np.bincount(step, weight)
-    centre = np.bincount(step, weight * z) / mass
+    rises = np.diff(fitted, prepend=-1.0) > 1e-9  # less is rounding within a step
+    levels, step = fitted[rises], np.cumsum(rises) - 1
+    centre = np.bincount(step, weight * z) / np.bincount(step, weight)
     mean = float(weight @ y / weight.sum())
     p = (n_stays * levels + mean) / (n_stays + 1)
     chosen = np.unique(np.linspace(0, len(p) - 1, min(len(p), MAX_KNOTS)).round().astype(int))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 
 from training.metrics import (
     auprc,
@@ -17,6 +18,7 @@ from training.metrics import (
     brier,
     calibration_error,
     calibration_line,
+    fit_logistic,
     fit_platt,
     macro,
     mae,
@@ -212,6 +214,24 @@ def test_platt_scaling_of_separable_outputs_is_finite_and_keeps_the_order(
     # The smoothed targets 1 / (n + 2) keep the fit away from certainty.
     assert risk.mean() == pytest.approx((x > 0).mean(), abs=0.01)
     assert a * scale < 1e3
+
+
+def test_a_row_of_weight_three_is_three_rows() -> None:
+    rng = np.random.default_rng(0)
+    x, y, weight = rng.normal(size=50), rng.random(50), rng.integers(0, 4, 50)
+    assert fit_platt(x, y, weight) == pytest.approx(
+        fit_platt(np.repeat(x, weight), np.repeat(y, weight)), rel=1e-8
+    )
+
+
+def test_logistic_regression_is_that_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    design = np.stack([rng.normal(5, 100, 4000), np.ones(4000), rng.normal(size=4000)], 1)
+    y = (rng.random(4000) < 1 / (1 + np.exp(0.5 - design @ [0.01, 0, 1.5]))).astype(float)
+    expected = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10, max_iter=1000)
+    expected.fit(design, y)
+    # Smoothed targets and their absence are the same with so many rows.
+    assert fit_logistic(design, y) == pytest.approx(expected.coef_[0], rel=0.01, abs=0.003)
 
 
 def test_platt_scaling_of_a_single_class_changes_nothing() -> None:
