@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm4ehr.bundle import Network
+from llm4ehr.calibration import Calibration
 
 _TASK_TITLES = {
     "mortality_at_48h": "In-hospital mortality, read at hour 48",
@@ -99,8 +100,13 @@ def model_card(
     network: Network,
     made: Provenance,
     evaluations: Sequence[dict[str, Any]],
+    calibration: Calibration,
+    onnx: dict[str, Any] | None,
 ) -> str:
-    """The model card as Markdown. Every number in it comes from an evaluation or a run's result."""
+    """The model card as Markdown. Every number in it comes from an evaluation or a run's result.
+
+    `onnx`: what the export found out of the ONNX graphs, if there are any.
+    """
     backbone = network.model.config.backbone
     pretraining, result = made.pretraining, made.result
     lines = [
@@ -142,6 +148,8 @@ def model_card(
         "## How it was made",
         "",
         *([f"- Command: `{made.command}`"] if made.command else []),
+        f"- Tuning: {_tuning(made.config['tuning'])}",
+        f"- Calibration of raw outputs: {_calibration(calibration)}",
         f"- Seeds: {pretraining['config']['seed']} (pre-training), {made.config['seed']} "
         "(fine-tuning)",
         f"- Hardware: {made.environment['gpu'] or 'no GPU'}, {made.environment['processor']}, "
@@ -151,6 +159,7 @@ def model_card(
         f"- Preprocessing and vocabulary, SHA-256: `{result['preprocessing_digest']}`",
         "",
         *(line for evaluation in evaluations for line in _metrics_section(evaluation)),
+        *(_onnx_section(onnx) if onnx else []),
         "## Limits",
         "",
         *(f"- {limit}" for limit in _limits(made)),
@@ -168,6 +177,43 @@ def _sources(config: dict[str, Any]) -> str:
             part += f"; labels: {', '.join(source['labels']) or 'none'}"
         parts.append(part + ")")
     return "; ".join(parts)
+
+
+def _tuning(tuning: dict[str, Any]) -> str:
+    options = [f"{key} {value}" for key, value in tuning.items() if key != "strategy"]
+    strategy = tuning["strategy"].replace("_", " ")
+    return strategy + (f" ({', '.join(options)})" if options else "")
+
+
+def _calibration(calibration: Calibration) -> str:
+    parts = []
+    for task, output_map in calibration.items():
+        part = f"{task} {output_map.kind}"
+        if output_map.interval is not None:
+            interval = output_map.interval
+            part += (
+                f" with intervals for {interval.coverage:.0%} of stays, fitted on "
+                f"{sum(interval.stays):,} stays"
+            )
+        parts.append(part)
+    return "; ".join(parts)
+
+
+def _onnx_section(onnx: dict[str, Any]) -> list[str]:
+    lines = [
+        "## ONNX",
+        "",
+        "Raw outputs and states in fp32, for other runtimes. Largest absolute differences from "
+        f"torch, uncalibrated; stays: {onnx['stays']} whole stays of the training data.",
+        "",
+        "| file | on | probability | hidden state | hours of remaining stay |",
+        "|---|---|---|---|---|",
+    ]
+    for file, of in onnx["max_difference"].items():
+        for inputs, largest in of.items():
+            values = (f"{largest[what]:.1e}" for what in ("probability", "hidden", "hours"))
+            lines.append(f"| {file} | {inputs} | {' | '.join(values)} |")
+    return [*lines, ""]
 
 
 def _licence_section(data_sets: Sequence[DataSet]) -> list[str]:

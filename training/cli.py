@@ -1,6 +1,6 @@
 """Command line of the training side.
 
-prepare | pretrain | finetune | crossvalidate | evaluate | export | chain | meds
+prepare | pretrain | finetune | crossvalidate | evaluate | interpret | sweep | export | chain | meds
 """
 
 from __future__ import annotations
@@ -107,10 +107,32 @@ def _evaluate(a: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2))
 
 
+def _interpret(a: argparse.Namespace) -> None:
+    from training.config import SourceConfig
+    from training.interpret import interpret
+
+    source = SourceConfig(
+        store=a.store, splits=tuple(a.split), split_column=a.split_column,
+        max_episodes=a.max_episodes,
+    )  # fmt: skip
+    print(json.dumps(interpret(a.run, source, a.out, seeds=range(a.seeds)), indent=2))
+
+
+def _sweep(a: argparse.Namespace) -> None:
+    from training.sweep import sweep
+    from training.sweep_config import load_sweep
+    from training.sweep_table import markdown
+
+    config = load_sweep(a.config, a.set)
+    out = a.out or config.runs / ("smoke" if a.smoke else "tables") / a.config.stem
+    print(markdown(sweep(config, out, smoke=a.smoke)))
+    print(f"table: {out / 'table.md'}")
+
+
 def _export(a: argparse.Namespace) -> None:
     from training.export import export
 
-    print(export(a.run, a.repository, a.name, a.version, a.metrics))
+    print(export(a.run, a.repository, a.name, a.version, a.metrics, onnx=a.onnx))
 
 
 def _meds(a: argparse.Namespace) -> None:
@@ -145,6 +167,25 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run_command=run)
 
+    sweep = commands.add_parser("sweep", help="an experiment: rows, tasks and seeds into one table")
+    sweep.add_argument("config", type=Path, help="YAML file, see training/configs/paper/")
+    sweep.add_argument(
+        "--set", action="append", metavar="KEY.PATH=VALUE", help="override a key of the file"
+    )
+    sweep.add_argument("--smoke", action="store_true", help="tiny networks, few stays, one epoch")
+    sweep.add_argument("--out", type=Path, help="folder for table.json and table.md")
+    sweep.set_defaults(run_command=_sweep)
+
+    interpret = commands.add_parser("interpret", help="cluster the patches of a pre-training run")
+    interpret.add_argument("run", type=Path, help="pre-training run")
+    interpret.add_argument("--store", type=Path, required=True)
+    interpret.add_argument("--split", action="append", required=True)
+    interpret.add_argument("--split-column", choices=("split", "benchmark_split"), default="split")
+    interpret.add_argument("--max-episodes", type=int, help="read at most so many stays")
+    interpret.add_argument("--seeds", type=int, default=5, help="of K-means, counted from 0")
+    interpret.add_argument("--out", type=Path, required=True, help="folder for JSON and picture")
+    interpret.set_defaults(run_command=_interpret)
+
     evaluate = commands.add_parser("evaluate", help="score splits and compute metrics")
     evaluate.add_argument("model", type=Path, help="bundle folder or fine-tuning run")
     evaluate.add_argument(
@@ -171,6 +212,12 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         metavar="FILE",
         help="metrics.json of `evaluate`, one for each data set, for the card",
+    )
+    export.add_argument(
+        "--onnx",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also write ONNX graphs, checked against torch, as Triton reads them",
     )
     export.set_defaults(run_command=_export)
 

@@ -186,8 +186,9 @@ def _exported(model: LLM4EHR, graph: Graph, n_hours: int) -> Any:
 
 def _cummax(x_BT: Any, dim: int) -> tuple[Any, Any]:
     """Running maximum of each row, which ONNX has no operator for: over all pairs of hours."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18
     steps = op.Range(0, op.Squeeze(op.Shape(x_BT, start=1, end=2)), 1)
     until = op.LessOrEqual(op.Unsqueeze(steps, [0]), op.Unsqueeze(steps, [1]))
     lowest = op.ReduceMin(x_BT, keepdims=1)

@@ -147,7 +147,7 @@ def test_pretrain_and_finetune_from_files(
     assert (tmp_path / "tuned" / "result.json").is_file()
     capsys.readouterr()
 
-    arguments = ("export", tmp_path / "tuned", "--repository", tmp_path, "--name", "x")
+    arguments = ("export", tmp_path / "tuned", "--repository", tmp_path, "--name", "x", "--no-onnx")
     assert main([str(a) for a in (*arguments, "--version", 1)]) == 0
     assert str(tmp_path / "x" / "1") in capsys.readouterr().out
     assert "immutable" in failed(capsys, *arguments, "--version", 1)
