@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 PREFIX = "LLM4EHR_"
 
 # Names under our prefix that other parts of the project read.
-_FOREIGN = ("LLM4EHR_DATA", "LLM4EHR_TEST_")
+_FOREIGN = ("LLM4EHR_BACKBONES", "LLM4EHR_DATA", "LLM4EHR_TEST_")
 
 
 class Settings(BaseSettings):
@@ -91,5 +91,5 @@ class Settings(BaseSettings):
 
 
 def _is_foreign(name: str) -> bool:
-    data, test = _FOREIGN
-    return name == data or name.startswith(test)
+    *names, test = _FOREIGN
+    return name in names or name.startswith(test)
