@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from llm4ehr.bundle import BundleError, Network, load_network, save_network
 from llm4ehr.model import LLM4EHR
+from training import finetune as finetuning
 from training.config import FinetuneConfig
+from training.finetune import finetune
+from training.heads import task_losses
 from training.tuning import merge, set_train_mode, with_heads
 
 Make = Callable[..., Network]
@@ -112,15 +115,15 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def pretrained(family: str, tiny_network: Make) -> Network:
+def untuned(family: str, tiny_network: Make) -> Network:
     """As pre-training leaves it: batch norm, whose running statistics must not move either."""
     return tiny_network(family, heads={}, ts_norm="batch")
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_what_is_not_tuned_stays_to_the_last_bit(pretrained: Network, tuning: str) -> None:
+def test_what_is_not_tuned_stays_to_the_last_bit(untuned: Network, tuning: str) -> None:
     config = config_of(tuning, dropout=0.1)
-    model = with_heads(pretrained, config).model
+    model = with_heads(untuned, config).model
     before = copied(model)
     train(model, config)
     moved = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
@@ -133,11 +136,11 @@ def test_what_is_not_tuned_stays_to_the_last_bit(pretrained: Network, tuning: st
 
 @torch.no_grad()
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_the_start_is_the_pretrained_network(pretrained: Network, tuning: str) -> None:
-    model = with_heads(pretrained, config_of(tuning)).model.eval()
+def test_the_start_is_the_pretrained_network(untuned: Network, tuning: str) -> None:
+    model = with_heads(untuned, config_of(tuning)).model.eval()
     series, events, mask = stays()
     v = model.encode_hours(series, events, mask)[mask]
-    away = (v - pretrained.model.encode_hours(series, events, mask)[mask]).abs().max()
+    away = (v - untuned.model.encode_hours(series, events, mask)[mask]).abs().max()
     if tuning in ("linear", "end_to_end") or tuning.startswith("lora"):
         assert away == 0
     elif tuning == "suffix":
@@ -176,9 +179,9 @@ def test_dropout_of_lora_is_on_in_training_alone(tiny_network: Make) -> None:
 # LoRA.
 
 
-def test_merged_weights_answer_like_the_updates(pretrained: Network) -> None:
+def test_merged_weights_answer_like_the_updates(untuned: Network) -> None:
     config = config_of("lora")
-    network = with_heads(pretrained, config)
+    network = with_heads(untuned, config)
     train(network.model, config, steps=5)
     kept = copied(network.model)
     with torch.no_grad():
@@ -187,12 +190,12 @@ def test_merged_weights_answer_like_the_updates(pretrained: Network) -> None:
     with torch.no_grad():
         away = (states_of(merged) - states).abs().max()
     assert away < 1e-6 * states.abs().max()
-    assert merged.state_dict().keys() - copied(pretrained.model).keys() == {
+    assert merged.state_dict().keys() - copied(untuned.model).keys() == {
         n for n in kept if n.startswith("heads.")
     }
     changed = {
         name
-        for name, weight in pretrained.model.state_dict().items()
+        for name, weight in untuned.model.state_dict().items()
         if not torch.equal(weight, merged.state_dict()[name])
     }
     ends = ("c_attn.weight", "q_proj.weight", "v_proj.weight", "query.weight", "value.weight")
@@ -279,3 +282,55 @@ def test_the_pretrained_network_is_left_alone(tiny_network: Make) -> None:
         train(made.model, config_of(tuning))
     assert pretrained.model.config == config
     assert all(torch.equal(t, before[n]) for n, t in pretrained.model.state_dict().items())
+
+
+# A whole run.
+
+
+@pytest.mark.parametrize("tuning", ["adapter_norms", "prefix", "suffix", "kv", "lora_encoder"])
+def test_a_run_with_each_strategy_goes_on_where_it_stopped(
+    pretrained: Path,
+    store_2012: Path,
+    tmp_path: Path,
+    tuning: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the same files; and what they hold is the network that was returned."""
+
+    def config(run: str) -> FinetuneConfig:
+        return config_of(
+            tuning,
+            run=tmp_path / run,
+            pretrained=pretrained,
+            data={
+                "sources": [{"store": store_2012, "splits": ["a", "b"]}],
+                "cache": tmp_path / "features", "n_folds": 2, "validation_fold": 1,
+            },
+            tasks={"mortality": 1.0, "decompensation": 1.0},
+            optim={"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "checkpoint_every": 2},
+        )  # fmt: skip
+
+    calls = 0
+
+    def killed(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return task_losses(*arguments)
+
+    network = finetune(config("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "task_losses", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config("stopped"))
+    finetune(config("stopped"))
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    before = load_network(pretrained).model.state_dict()
+    after = load_network(tmp_path / "whole").model.state_dict()
+    assert all(torch.equal(tensor, after[n]) for n, tensor in network.model.state_dict().items())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = {"c_attn.weight" if part == "lora_" else part for part in LEARNS[tuning]}
+    assert all(any(part in name for part in parts) for name in moved)
+    assert not any("lora" in name or "base_layer" in name for name in after)
