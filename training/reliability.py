@@ -63,7 +63,12 @@ def draw_reliability(path: Path, title: str, y: Floats, p: Floats, bins: int = 1
     errors = np.abs(np.stack([shares.low, shares.high]) - shares.observed)
     top.errorbar(shares.at, shares.observed, errors, fmt="o", markersize=4, capsize=2)
     edge = min(1.0, 1.05 * float(max(shares.at.max(), shares.high.max())))
-    top.set(xlim=(0, edge), ylim=(0, edge), ylabel="observed", title=f"{title}\n{_figures(y, p)}")
+    top.set(
+        xlim=(0, edge),
+        ylim=(0, edge),
+        ylabel="observed",
+        title=f"{title}, n {len(y):,}\n{_figures(y, p)}",
+    )
     below.hist(p, bins=np.linspace(0, edge, 41), color="0.5")
     below.set(xlabel="predicted risk", ylabel="rows", yscale="log")
     figure.savefig(path, dpi=120)
@@ -72,9 +77,9 @@ def draw_reliability(path: Path, title: str, y: Floats, p: Floats, bins: int = 1
 def _figures(y: Floats, p: Floats) -> str:
     shown = f"ECE {calibration_error(y, p):.3f}, Brier {brier(y, p):.3f}"
     if not 0 < y.sum() < len(y):
-        return f"{shown}, n {len(y):,}"
+        return shown
     intercept, slope = calibration_line(y, p)
-    return f"{shown}, slope {slope:.2f}, intercept {intercept:.2f}, n {len(y):,}"
+    return f"{shown}, slope {slope:.2f}, intercept {intercept:.2f}"
 
 
 def interval_coverage(inside: NDArray[np.bool_], hours: NDArray[np.integer]) -> Shares:
