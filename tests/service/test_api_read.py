@@ -48,6 +48,8 @@ async def test_the_answer_says_where_it_comes_from(client: Client) -> None:
     assert hour["data_age_hours"] == 0.5
     assert hour["imputed_share"] == 0.5
     assert set(hour["phenotypes"]) == {"sepsis"}
+    interval = {"low": 49.25, "high": 197.0, "coverage": 0.9}
+    assert (hour["remaining_los_hours"], hour["remaining_los_interval_hours"]) == (97, interval)
     assert 0 < hour["decompensation"] < 1
 
 
@@ -152,6 +154,7 @@ async def test_no_score_from_stale_data(client: Client) -> None:
         [hour] = (await client.risk(**params)).json()["hours"]
         assert hour["score_withheld"] == {"reason": "stale-data"}
         assert hour["decompensation"] is hour["mortality"] is hour["remaining_los_hours"] is None
+        assert hour["remaining_los_interval_hours"] is None
         assert hour["phenotypes"] == {}
     # What was said of the hours before stands: it was fresh at their end.
     past = (await client.risk(to=2)).json()["hours"]

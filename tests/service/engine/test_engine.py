@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from llm4ehr.bundle import Bundle, Network
+from llm4ehr.calibration import default_calibration
 from llm4ehr.episode import Episode, empty_episode
 from llm4ehr.model import LLM4EHR
 from service.core import BundleInfo, Overloaded
@@ -325,6 +326,14 @@ async def test_no_more_is_taken_than_can_wait(bundle: Bundle, stay: Episode) -> 
         await asyncio.sleep(0)
         assert engine.ready()
         await engine.submit(view_of(stay))
+
+
+async def test_without_an_interval_there_is_none(bundle: Bundle, stay: Episode) -> None:
+    bundle = replace(bundle, calibration=default_calibration(list(HEADS)))
+    async with engine_on(bundle) as engine:
+        hours = (await engine.submit(view_of(stay))).hours
+    assert {hour.remaining_los_interval_hours for hour in hours} == {None}
+    assert None not in {hour.remaining_los_hours for hour in hours}
 
 
 async def test_says_which_bundle_answers(bundle: Bundle) -> None:
