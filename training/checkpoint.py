@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from training.processes import rank
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_EVERYWHERE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
 _LOADED = StateDictOptions(
     full_state_dict=True, broadcast_from_rank0=False, ignore_frozen_params=True, strict=False
 )
@@ -50,9 +51,10 @@ def save_checkpoint(
     All processes must call it; the first one writes.
     """
     state = learning_state(module)
-    moments = cast(Any, get_optimizer_state_dict(module, optimiser, options=_WHOLE)["state"])
-    if rank() != 0:
+    optimising = get_optimizer_state_dict(module, optimiser, options=_WHOLE)
+    if rank() != 0:  # the first process alone has the whole of it
         return
+    moments = cast(Any, optimising["state"])
     fresh = folder.with_suffix(".partial")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -85,7 +87,7 @@ def load_checkpoint(folder: Path, module: nn.Module, optimiser: Optimizer) -> di
     for key, value in load_file(folder / "optimiser.safetensors").items():
         parameter, _, name = key.rpartition("/")
         moments.setdefault(parameter, {})[name] = value
-    groups = get_optimizer_state_dict(module, optimiser, options=_WHOLE)["param_groups"]
+    groups = get_optimizer_state_dict(module, optimiser, options=_EVERYWHERE)["param_groups"]
     set_optimizer_state_dict(
         module,
         optimiser,

@@ -21,6 +21,7 @@ from accelerate.utils import ProjectConfiguration
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm4ehr.model import LLM4EHR
@@ -137,7 +138,9 @@ class Trainer:
                 self.save()
                 if not go_on:
                     break
-        self.accelerator.end_training()
+        # Not `end_training`: it would take the processes apart, and a sharded model is still needed.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this process's share of a loss.
@@ -209,7 +212,8 @@ class Trainer:
         self.optimiser.step()
         self.step += 1
         # One copy from the device a step: each of its own would wait for it.
-        numbers = torch.stack([*terms.values(), norm]).detach().float().tolist()
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded with FSDP
+        numbers = torch.stack([*terms.values(), whole]).detach().float().tolist()
         values = dict(zip([*terms, "grad_norm"], numbers, strict=True))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']} at step {self.step}")
