@@ -149,9 +149,7 @@ class Backbone(nn.Module):
         key = torch.arange(mask.shape[1], device=mask.device)
         distance = key[-n_rows:, None] - key
         near = (distance <= window) & (distance >= (0 if self.spec.causal else -window))
-        # Padding attends to itself: a softmax over nothing is not a number.
-        band: Tensor = (near & mask[:, None, :]) | (distance == 0)
-        return band[:, None]
+        return (near & mask[:, None, :])[:, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
