@@ -230,6 +230,9 @@ class FinetuneConfig(Strict):
     data: DataConfig
     tasks: dict[Task, PositiveFloat] = Field(min_length=1)  # task -> weight of its loss
     tuning: Tuning = PlainTuning(strategy="linear")
+    # How heads read events, where it differs from the pre-training: an encoder that does not read
+    # them hour by hour has the event pass beside it (stream), or does without (none).
+    events: Literal["none", "stream"] | None = None
     head: Literal["linear", "mlp"] = "linear"  # M15
     readout: dict[EpisodeTask, Readout] = {}
     hourly_unit: Literal["hour", "patch"] = "hour"

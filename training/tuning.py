@@ -13,6 +13,7 @@ the last three if asked. Clinical tokens, decoder and patch heads belong to pre-
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from torch import nn
 
@@ -57,6 +58,7 @@ def with_heads(network: Network, config: FinetuneConfig) -> Network:
     made = replace(
         old.config,
         backbone=spec,
+        events=_events(old, config),
         head=config.head,
         heads=heads,
         adapter=tuning.width if isinstance(tuning, AdapterTuning) else None,
@@ -72,6 +74,16 @@ def with_heads(network: Network, config: FinetuneConfig) -> Network:
         _add_lora(model, tuning)
     _choose(model, tuning)
     return replace(network, model=model)
+
+
+def _events(model: LLM4EHR, config: FinetuneConfig) -> Literal["none", "fused", "stream"]:
+    """How heads read events. Raises ValueError where the encoder reads them in the hours."""
+    if config.events is not None and model.config.events == "fused":
+        raise ValueError(
+            f"events: {config.events}: this encoder was pre-trained with events: fused, it reads "
+            "them hour by hour"
+        )
+    return config.events or model.config.events
 
 
 def trains_encoder(tuning: Tuning) -> bool:
