@@ -76,7 +76,7 @@ class Network:
             )
         prompt = self.model.config.prompt
         if prompt is not None and prompt.position == "suffix":
-            return "this network reads a stay out after its last hour (suffix prompt): batches only"
+            return "this network reads a stay out after its end (suffix prompt), cannot be streamed"
         if self.preprocessing.bin_edge != "left":
             return "streaming needs hours closed on the left, as the log has them"
         if self.preprocessing.max_hours > self.model.max_hours:
