@@ -1,10 +1,11 @@
 """The model repository as Triton Inference Server reads it.
 
     <repository>/<name>/config.pbtxt             whole stays: <name>/<version>/model.onnx
-    <repository>/<name>/phenotypes.txt           labels of the output `phenotyping`
     <repository>/<name>/<version>/               the bundle, with all graphs and their weights
     <repository>/<name>_step/config.pbtxt        one hour: <name>_step/<version>/step.onnx
     <repository>/<name>_step/<version>           link to the bundle, so that weights are there once
+
+Beside each configuration, phenotypes.txt labels the output `phenotyping`.
 
 A configuration belongs to all versions of a model: a version with other inputs or outputs needs
 another name.
@@ -40,9 +41,11 @@ def check_layout(
         _merged(folder, graph, phenotypes, {})
         if graph.kind == "step" and os.path.lexists(folder / str(version)):
             raise LayoutError(f"{folder / str(version)} exists; choose another version or name")
-    labels = repository / name / _LABELS_FILE
-    if labels.exists() and labels.read_text() != _lines(phenotypes):
-        raise LayoutError(f"{labels}: earlier versions have other phenotypes; choose another name")
+        labels = folder / _LABELS_FILE
+        if labels.exists() and labels.read_text() != _lines(phenotypes):
+            raise LayoutError(
+                f"{labels}: earlier versions have other phenotypes; choose another name"
+            )
 
 
 def write_layout(
@@ -59,12 +62,12 @@ def write_layout(
     Raises LayoutError where earlier versions do not allow it.
     """
     check_layout(repository, name, version, graphs, phenotypes)
-    if phenotypes:
-        _write(repository / name / _LABELS_FILE, _lines(phenotypes))
     parameters = {f"{what}_{version}": digest for what, digest in digests.items()}
     for graph in graphs:
         folder = repository / _model_name(name, graph)
         folder.mkdir(exist_ok=True)
+        if phenotypes:
+            _write(folder / _LABELS_FILE, _lines(phenotypes))
         _write(folder / "config.pbtxt", _merged(folder, graph, phenotypes, parameters))
         if graph.kind == "step":
             (folder / str(version)).symlink_to(Path("..", name, str(version)))
@@ -88,7 +91,7 @@ def _merged(
             )
         lines = there
     lines = lines + [
-        f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}"
+        f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
         for key, value in parameters.items()
     ]
     return _lines(lines)
@@ -101,9 +104,9 @@ def _interface(lines: Sequence[str]) -> list[str]:
 def _config_lines(name: str, graph: Graph, phenotypes: Sequence[str]) -> list[str]:
     """One line a field; the first dimension, the batch, is Triton's."""
     lines = [
-        f"name: {json.dumps(name)}",
+        f"name: {_quoted(name)}",
         'backend: "onnxruntime"',
-        f"default_model_filename: {json.dumps(graph.file)}",
+        f"default_model_filename: {_quoted(graph.file)}",
         f"max_batch_size: {_MAX_BATCH}",
         "dynamic_batching { }",
         "version_policy { all { } }",
@@ -113,12 +116,16 @@ def _config_lines(name: str, graph: Graph, phenotypes: Sequence[str]) -> list[st
             dims = ", ".join("-1" if isinstance(d, str) else str(d) for d in port.shape[1:])
             labels = ""
             if port.name == "phenotyping" and phenotypes:
-                labels = f" label_filename: {json.dumps(_LABELS_FILE)}"
+                labels = f" label_filename: {_quoted(_LABELS_FILE)}"
             lines.append(
-                f"{kind} {{ name: {json.dumps(port.name)} data_type: {_TYPES[port.dtype]} "
+                f"{kind} {{ name: {_quoted(port.name)} data_type: {_TYPES[port.dtype]} "
                 f"dims: [ {dims} ]{labels} }}"
             )
     return lines
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _lines(lines: Sequence[str]) -> str:
