@@ -34,13 +34,13 @@ _LOADED = StateDictOptions(
 
 def learning_state(module: nn.Module) -> dict[str, Tensor]:
     """What a run changes: learning parameters and buffers, whole and on the CPU."""
-    state = get_model_state_dict(module, options=_WHOLE)
+    state = cast(dict[str, Tensor], get_model_state_dict(module, options=_WHOLE))
     return {name: tensor.contiguous().clone() for name, tensor in state.items()}
 
 
 def load_learning_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Take up what `learning_state` gave."""
-    set_model_state_dict(module, state, options=_LOADED)
+    set_model_state_dict(module, cast(dict[str, Any], state), options=_LOADED)
 
 
 def save_checkpoint(

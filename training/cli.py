@@ -63,17 +63,23 @@ def _check(a: argparse.Namespace) -> int:
 
 
 def _pretrain(a: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from training.config import PretrainConfig, load_config
     from training.pretrain import pretrain
 
     pretrain(load_config(PretrainConfig, a.config, a.set))
+    PartialState().destroy_process_group()
 
 
 def _finetune(a: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from training.config import FinetuneConfig, load_config
     from training.finetune import finetune
 
     finetune(load_config(FinetuneConfig, a.config, a.set))
+    PartialState().destroy_process_group()
 
 
 def _crossvalidate(a: argparse.Namespace) -> None:

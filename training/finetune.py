@@ -102,7 +102,8 @@ def finetune(config: FinetuneConfig) -> Network:
     if selects:
         load_learning_state(trainer.module, load_file(best_file))
     fitted = fit_calibration(config, *validate()) if len(held_out) else uncalibrated(config)
-    network = merge(replace(network, model=trainer.whole(model)))
+    whole = trainer.whole(model, lambda: with_heads(pretrained, config).model)
+    network = merge(replace(network, model=whole))
     if processes.is_main_process:
         save_network(config.run, network)
         (config.run / "pretrained.json").write_text(json.dumps(pretraining, indent=2))

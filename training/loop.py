@@ -155,17 +155,17 @@ class Trainer:
         with self.accelerator.no_sync(self.module):
             yield
 
-    def whole(self, model: LLM4EHR) -> LLM4EHR:
-        """The model with all its weights: itself, or a copy where it is sharded.
+    def whole(self, model: LLM4EHR, build: Callable[[], LLM4EHR]) -> LLM4EHR:
+        """The model with all its weights: itself or, where it is sharded, a copy on the CPU.
 
-        All processes must call it.
+        `build` makes a model of the same architecture. All processes must call it.
         """
         if self.accelerator.distributed_type != DistributedType.FSDP:
             return model
         state = get_model_state_dict(
             model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
-        copy = LLM4EHR(model.config)
+        copy = build()
         if self.accelerator.is_main_process:
             copy.load_state_dict(state)
         return copy

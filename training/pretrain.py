@@ -114,7 +114,9 @@ def pretrain(config: PretrainConfig) -> Network:
     trainer.fit(step)
 
     network = Network(
-        model=trainer.whole(model), preprocessing=preprocessing, vocabulary=vocabulary
+        model=trainer.whole(model, lambda: LLM4EHR(model.config)),
+        preprocessing=preprocessing,
+        vocabulary=vocabulary,
     )
     if processes.is_main_process:
         save_network(config.run, network)

@@ -7,7 +7,8 @@
     lora         low-rank updates of the attention, and the heads
 
 The backbone is frozen but for `end_to_end`. The series encoder learns with `end_to_end`, and with
-the last three if asked. Clinical tokens, decoder and patch heads belong to pre-training.
+the last three if asked. Decoder and patch heads belong to pre-training, and so do the clinical
+tokens unless heads read the event stream and everything learns.
 """
 
 from __future__ import annotations
@@ -165,6 +166,9 @@ def _choose(model: LLM4EHR, tuning: Tuning) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith("series_encoder."):
             parameter.requires_grad_(trains_encoder(tuning))
+        elif name.startswith("tokens."):  # they belong to pre-training, unless heads read them
+            stream = model.config.events == "stream"
+            parameter.requires_grad_(stream and tuning.strategy == "end_to_end")
         elif not name.startswith(("backbone.", "heads.", "prompt.")):
             parameter.requires_grad_(False)
     if isinstance(tuning, AdapterTuning) and tuning.train_norms:
