@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm4ehr.backbone import Backbone
+from llm4ehr.bundle import Network
 from training.evaluation.scorer import Scorer
 
 
@@ -20,7 +21,6 @@ def facts(model: Path, scorer: Scorer, episodes: Iterable[str]) -> dict[str, Any
     `uses_later_observations` says that hourly answers depend on what came after their hour, so that
     they could not have been given at the bedside.
     """
-    network = scorer.network
     made: dict[str, Any] = {"backbone": None, "seeds": None}
     if (model / "pretrained.json").exists():
         pretraining = json.loads((model / "pretrained.json").read_text())["config"]
@@ -29,18 +29,29 @@ def facts(model: Path, scorer: Scorer, episodes: Iterable[str]) -> dict[str, Any
             "backbone": pretraining["model"]["backbone"]["source"],
             "seeds": {"pretraining": pretraining["seed"], "finetuning": finetuning["seed"]},
         }
-    return made | {
-        "attention_mode": network.model.config.backbone.attention_mode,
+    readout = scorer.readout
+    heads = scorer.network.model.config.heads
+    return (
+        made
+        | asdict(scorer.label_options)
+        | {
+            "hourly_unit": "patch" if readout.by_patch else "hour",
+            "readout": {task: readout.per_stay.get(task, "hourly") for task in heads},
+            "max_hours": readout.max_hours,
+        }
+        | facts_of_network(scorer.network, episodes)
+    )
+
+
+def facts_of_network(network: Network, episodes: Iterable[str]) -> dict[str, Any]:
+    """What holds of a network without heads too."""
+    backbone = network.model.backbone
+    return {
+        "attention_mode": backbone.spec.attention_mode,
         "imputation": network.preprocessing.imputation,
         "uses_later_observations": not network.causal,
-        **asdict(scorer.label_options),
-        "hourly_unit": "patch" if scorer.readout.by_patch else "hour",
-        "readout": {
-            task: scorer.readout.per_stay.get(task, "hourly") for task in network.model.config.heads
-        },
-        "max_hours": scorer.readout.max_hours,
-        "backbone_family": network.model.config.backbone.model_type,
-        "backbone_sha256": weights_sha256(network.model.backbone),
+        "backbone_family": backbone.spec.model_type,
+        "backbone_sha256": weights_sha256(backbone),
         "preprocessing_sha256": network.preprocessing_digest,
         "split_sha256": hashlib.sha256("\n".join(sorted(episodes)).encode()).hexdigest(),
     }
