@@ -52,7 +52,7 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
     counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(n_processes())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     sizes = [int(count) for count in counts]
-    rows: Tensor = _GatherRows.apply(x, sizes)  # type: ignore[no-untyped-call]
+    rows: Tensor = _GatherRows.apply(x, sizes)
     return rows, sum(sizes[: rank()])
 
 
