@@ -27,7 +27,7 @@ from service.engine.metrics import EngineMetrics
 HEADS = {"decompensation": 1, "mortality": 1, "remaining_los": 1, "phenotyping": 2}
 PHENOTYPES = ("sepsis", "shock")
 # Of every kind. Shifted, for raw outputs lie around 0 and hours would often be cut off there.
-KNOTS = ((-0.4, 0.02), (-0.1, 0.1), (0.05, 0.1), (0.3, 0.8))
+KNOTS = ((-3.0, 0.02), (-0.2, 0.3), (0.1, 0.3), (3.0, 0.9))
 CALIBRATION: Calibration = default_calibration(list(HEADS)) | {
     "decompensation": OutputMap(kind="platt_isotonic", a=0.9, a_hour=0.1, knots=KNOTS),
     "mortality": OutputMap(kind="platt", a=0.7, b=-1.0, a_hour=0.1, b_hour=-0.05, last_hour=20),

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def replayed(replica: Replica, entries: list[Entry]) -> list[Any]:
     said: list[Any] = []
     for hour, state in zip(answers.hours, answers.embeddings.tolist(), strict=True):
         if view.newest_data_at(hour.hour) is None:
-            said.append(([None, None, None, {}, None], None))
+            said.append(([None, None, None, None, {}, None], None))
         else:
-            said.append(([getattr(hour, s) for s in SCORES], state))
+            said.append(([asdict(hour)[s] for s in SCORES], state))
     return said
 
 
