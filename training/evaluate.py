@@ -19,11 +19,11 @@ from llm4ehr.bundle import load_bundle, load_network
 from llm4ehr.calibration import calibration_from_json
 from llm4ehr.model import Task
 from training.config import FinetuneConfig, SourceConfig
-from training.curves import draw_curves
 from training.data.phenotypes import PHENOTYPES
 from training.evaluation.facts import facts
 from training.evaluation.held_out import with_threshold
-from training.evaluation.report import Table, scored_rows, task_metrics
+from training.evaluation.pictures import draw_pictures
+from training.evaluation.report import task_metrics
 from training.evaluation.scorer import Scorer
 from training.evaluation.table import flat, hourly_table, pooled
 from training.labels import MIN_HISTORY_HOURS, LabelOptions
@@ -50,8 +50,8 @@ def evaluate(
     to judge (None: all that the stores label); of each store at most `max_episodes` stays are read.
     From `threshold_on`, other stays, come the decision threshold and the calibration of mortality,
     instead of from the stays that the run held out. Writes metrics.json, predictions.parquet and
-    the curves of every ranked task to `out` if given. Raises ValueError when a store has no such
-    stays, or when stores cannot be told apart.
+    pictures of the curves and of the calibration to `out` if given. Raises ValueError when a store
+    has no such stays, or when stores cannot be told apart.
     """
     scorer = load_scorer(model)
     chosen = {"splits": splits, "labels": labels, "split_column": split_column}
@@ -104,24 +104,10 @@ def evaluate(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(flat(table, scorer.phenotypes)), out / "predictions.parquet")
-        _draw(out, table, scorer.phenotypes)
+        draw_pictures(out, table, scorer)
         # Written last: its presence says that the evaluation is complete.
         (out / "metrics.json").write_text(json.dumps(report, indent=2))
     return report
-
-
-def _draw(out: Path, table: Table, phenotypes: Sequence[str]) -> None:
-    """Curves of every task with labels of both classes, as `<task>.png`."""
-    for task in ("mortality", "decompensation", "phenotyping"):
-        if task not in table or not (at := scored_rows(table, task)).any():
-            continue
-        y, p = table[f"label_{task}"][at], table[task][at]
-        labels = (
-            {name: (y[:, i], p[:, i]) for i, name in enumerate(phenotypes)}
-            if task == "phenotyping"
-            else {task: (y, p)}
-        )
-        draw_curves(out / f"{task}.png", task, labels)
 
 
 def trained_on(model: Path, source: Source, table: Mapping[str, NDArray[Any]]) -> int | None:

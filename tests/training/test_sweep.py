@@ -68,7 +68,7 @@ def two_days_longer(record: EpisodeRecord) -> EpisodeRecord:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time of a run this small."""
-    monkeypatch.setattr(evaluate_module, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(evaluate_module, "draw_pictures", lambda *_: None)
     monkeypatch.setattr(run_folder, "loss_curves", lambda *_: None)
 
 
@@ -219,7 +219,7 @@ def test_results_say_how_they_came_to_be(small: Callable[..., SweepConfig], work
     assert not causal["uses_later_observations"]
     assert (paper["attention_mode"], paper["imputation"]) == ("native", "linear")
     assert (causal["attention_mode"], causal["imputation"]) == ("causal", "causal")
-    assert (paper["align"], causal["align"]) == ("bin_start", "bin_end")
+    assert (paper["label_align"], causal["label_align"]) == ("bin_start", "bin_end")
     assert paper["seeds"] == {"pretraining": 0, "finetuning": 0}
     assert paper["split_sha256"] == causal["split_sha256"]
     assert "later observations: LLM4EHR, adapted" in (work / "paper" / "table.md").read_text()

@@ -31,10 +31,12 @@ def facts(model: Path, scorer: Scorer, episodes: Iterable[str]) -> dict[str, Any
         }
     readout = scorer.readout
     heads = scorer.network.model.config.heads
+    labels = asdict(scorer.label_options)
     return (
         made
-        | asdict(scorer.label_options)
         | {
+            "label_align": labels.pop("align"),
+            **labels,
             "hourly_unit": "patch" if readout.by_patch else "hour",
             "readout": {task: readout.per_stay.get(task, "hourly") for task in heads},
             "max_hours": readout.max_hours,

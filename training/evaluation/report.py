@@ -109,7 +109,7 @@ def _remaining_los(table: Table, value: Value) -> dict[str, Any]:
     unclipped = table["remaining_los_unclipped"][at] / 24
     report: dict[str, Any] = {
         "hours": int(at.sum()),
-        "target_variance": float(np.var(y, dtype=np.float64)),
+        "target_variance": float(np.var(y)),
         "mae": value(m.mae, who, y, p),
         "rmse": value(m.rmse, who, y, p),
         "r2": value(m.r2, who, y, p),
@@ -117,12 +117,23 @@ def _remaining_los(table: Table, value: Value) -> dict[str, Any]:
         "rmse_unclipped": value(m.rmse, who, y, unclipped),
         "r2_unclipped": value(m.r2, who, y, unclipped),
     }
-    check_variance(
-        report["rmse_unclipped"]["value"],
-        report["r2_unclipped"]["value"],
-        report["target_variance"],
-    )
+    for suffix in ("", "_unclipped"):
+        rmse, r2 = (report[f"{name}{suffix}"]["value"] for name in ("rmse", "r2"))
+        check_variance(rmse, r2, report["target_variance"])
+    if "remaining_los_low" in table:
+        width = (table["remaining_los_high"] - table["remaining_los_low"])[at] / 24
+        report["interval_coverage"] = value(np.mean, who, covered(table)[at].astype(np.float64))
+        report["interval_width"] = value(np.mean, who, width)
     return {"remaining_los_days": report}
+
+
+def covered(table: Table) -> NDArray[np.bool_]:
+    """Which intervals of the remaining stay hold the truth."""
+    label = table["label_remaining_los"]
+    held: NDArray[np.bool_] = (table["remaining_los_low"] <= label) & (
+        label <= table["remaining_los_high"]
+    )
+    return held
 
 
 def check_variance(rmse: float | None, r2: float | None, variance: float) -> None:

@@ -41,7 +41,7 @@ def hourly_table(scorer: Scorer, source: Source) -> dict[str, NDArray[Any]]:
     `last` is true at the last hour that is read of a stay, `read_mortality` where mortality is
     judged. What is answered once a stay is NaN before the last hour; what is asked once a patch has
     a label at the last hour of the patch alone. Hours of the remaining stay are at least 0, but in
-    `remaining_los_unclipped`.
+    `remaining_los_unclipped`; `remaining_los_low` and `_high` bound them where there are intervals.
     """
     scored = _scored_hourly if scorer.readout.deployable else _read_out
     parts: dict[str, list[NDArray[Any]]] = {}
@@ -123,8 +123,11 @@ def _columns(scorer: Scorer, source: Source, stay: _Scored) -> dict[str, NDArray
         columns["mortality_uncalibrated"] = 1 / (1 + np.exp(-x))
     if "remaining_los" in stay.raw:
         x = stay.raw["remaining_los"][:, 0].astype(np.float64)
-        days = np.expm1(x) if scorer.calibration["remaining_los"].kind == "log_days" else x
-        columns["remaining_los_unclipped"] = 24 * days
+        los = scorer.calibration["remaining_los"]
+        columns["remaining_los_unclipped"] = 24 * (np.expm1(x) if los.kind == "log_days" else x)
+        if los.interval is not None:
+            bounds = los.bounds(stay.raw["remaining_los"], hours)
+            columns["remaining_los_low"], columns["remaining_los_high"] = (b[:, 0] for b in bounds)
     return columns
 
 
