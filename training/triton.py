@@ -109,7 +109,8 @@ def _config_lines(name: str, graph: Graph, phenotypes: Sequence[str]) -> list[st
         f"default_model_filename: {_quoted(graph.file)}",
         f"max_batch_size: {_MAX_BATCH}",
         "dynamic_batching { }",
-        "version_policy { all { } }",
+        # Not all: older versions of a bundle may have no graphs.
+        "version_policy { latest { num_versions: 1 } }",
     ]
     for kind, ports in (("input", graph.inputs), ("output", graph.outputs)):
         for port in ports:

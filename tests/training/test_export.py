@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm4ehr.bundle import load_bundle
+from llm4ehr.bundle import load_bundle, save_bundle
 from llm4ehr.offline import TOLERANCE, score_episodes
 from llm4ehr.store import EpisodeStore
 from training import export as module
@@ -114,18 +114,47 @@ def test_the_documented_example_steps_a_stay(
     np.testing.assert_allclose(printed[:, 1], wanted, rtol=0, atol=TOLERANCE.probability)
 
 
+def test_the_card_tells_tuning_and_calibration(
+    tuned: Path, tmp_path: Path, make_copy: Callable[[Path], Path]
+) -> None:
+    run = make_copy(tuned)
+    result = json.loads((run / "result.json").read_text())
+    result["calibration"]["remaining_los"]["interval"] = {
+        "coverage": 0.9, "first_hours": [0, 24], "half_widths": [0.5, 0.25], "stays": [900, 600],
+    }  # fmt: skip
+    (run / "result.json").write_text(json.dumps(result))
+    export(run, tmp_path, "x", 1)
+    card = load_bundle(tmp_path, "x", 1).card
+    assert "- Tuning: linear\n" in card
+    told = "remaining_los log_days with intervals for 90% of stays, fitted on 1,500 stays"
+    assert told in card
+    assert "## ONNX" not in card
+
+
+def test_only_graph_files_can_be_added(repository: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(repository, "my-model", 1)
+    stray = tmp_path / "other.onnx"
+    stray.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"other\.onnx is not the name of a graph file"):
+        save_bundle(
+            tmp_path, "x", 1, bundle.network, calibration=bundle.calibration, labels={},
+            metrics={}, card="", graphs=[stray],
+        )  # fmt: skip
+    assert files_of(tmp_path) == {"other.onnx"}
+
+
 def test_a_wrong_graph_leaves_nothing_behind(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = onnx_export.write_graphs
 
     def wrong(network: Any, folder: Path) -> Any:
-        before = network.model.heads["mortality"].bias
-        before.data += 1e-3
+        bias = network.model.heads["mortality"].bias
+        bias.data += 1e-3
         try:
             return write(network, folder)
         finally:
-            before.data -= 1e-3
+            bias.data -= 1e-3
 
     monkeypatch.setattr(onnx_export, "write_graphs", wrong)
     with pytest.raises(onnx_check.GraphError, match=r"model\.onnx: differs from torch"):

@@ -25,8 +25,8 @@ HEADS = {"mortality": 1, "phenotyping": len(PHENOTYPES)}
 
 # What is used here of Triton's message ModelConfig: message -> field -> type.
 _FIELDS = {
-    "All": {},
-    "VersionPolicy": {"all": "All"},
+    "Latest": {"num_versions": "int32"},
+    "VersionPolicy": {"latest": "Latest"},
     "Batching": {},
     "Input": {"name": "string", "data_type": "DataType", "dims": "repeated int64"},
     "Output": {
@@ -127,7 +127,7 @@ def test_a_client_is_told_names_types_and_dimensions(
     for config in (stays, hour):
         assert config.max_batch_size > 1
         assert config.HasField("dynamic_batching")
-        assert config.version_policy.HasField("all")
+        assert config.version_policy.latest.num_versions == 1
         parameters = {entry.key: entry.value.string_value for entry in config.parameters}
         assert parameters == {f"{what}_1": digest for what, digest in DIGESTS.items()}
 
@@ -163,7 +163,7 @@ def test_a_second_version_keeps_what_was_edited(
 ) -> None:
     laid_out(tmp_path, tiny_network(heads=HEADS))
     file = tmp_path / "tiny" / "config.pbtxt"
-    edited = file.read_text().replace("version_policy { all { } }\n", "")
+    edited = file.read_text().replace("num_versions: 1", "num_versions: 2")
     file.write_text(edited)
     laid_out(tmp_path, tiny_network(heads=HEADS, seed=1), version=2)
     assert file.read_text().startswith(edited)
