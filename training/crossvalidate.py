@@ -4,7 +4,6 @@ not seen its label."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from training.evaluate import load_scorer
 from training.evaluation.report import task_metrics
 from training.evaluation.table import hourly_table, pooled
 from training.finetune import finetune
-from training.sources import Source, open_sources, subject_fold
+from training.sources import fold_of, open_sources
 
 
 def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
         scorer = load_scorer(run)
         thresholds.append(scorer.thresholds)
         for source in open_sources(config.data.sources, training=True):
-            held_out = _fold_of(source, fold, config.data.n_folds)
+            held_out = fold_of(source, fold, config.data.n_folds)
             if held_out.episode_ids:
                 tables.append(hourly_table(scorer, held_out))
     # A fold without a certain label of a task has no threshold for it.
@@ -47,14 +46,3 @@ def crossvalidate(config: FinetuneConfig) -> dict[str, Any]:
     report = {"folds": config.data.n_folds, "tasks": tasks}
     (config.run / "crossvalidation.json").write_text(json.dumps(report, indent=2))
     return report
-
-
-def _fold_of(source: Source, fold: int, n_folds: int) -> Source:
-    """The source with the stays of one fold only."""
-    rows = source.store.labels.select(["episode_id", "subject_id"]).to_pylist()
-    inside = {
-        row["episode_id"]
-        for row in rows
-        if subject_fold(source.key(row["subject_id"]), n_folds) == fold
-    }
-    return replace(source, episode_ids=source.episode_ids & inside)

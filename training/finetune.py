@@ -24,6 +24,7 @@ from training.config import FinetuneConfig
 from training.dataset import LABEL_COLUMNS, Batch, FeatureSet, batches, build_features, subsample
 from training.fewshot import few_shot
 from training.heads import Targets, predict, selection_score, task_losses
+from training.held_out import write_held_out
 from training.loop import Trainer, device
 from training.processes import n_processes, total
 from training.readout import ReadoutOptions, TaskModule
@@ -110,6 +111,8 @@ def finetune(config: FinetuneConfig) -> Network:
         (config.run / "subjects.json").write_text(
             json.dumps(sorted({features.subjects[i] for i in (*train, *held_out)}))
         )
+        if len(held_out):
+            write_held_out(config.run / "held_out", config, sources, network, fitted)
         run.finish(
             {
                 **origins(sources),

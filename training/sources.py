@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from llm4ehr.model import Task
@@ -131,3 +131,14 @@ def _hash(name: str) -> int:
 def subject_fold(subject: str, n_folds: int) -> int:
     """Fold of a subject, the same in every run: all stays of one patient fall into one fold."""
     return _hash(subject) % n_folds
+
+
+def fold_of(source: Source, fold: int, n_folds: int) -> Source:
+    """The source with the stays of one fold only; there may be none."""
+    rows = source.store.labels.select(["episode_id", "subject_id"]).to_pylist()
+    inside = {
+        row["episode_id"]
+        for row in rows
+        if subject_fold(source.key(row["subject_id"]), n_folds) == fold
+    }
+    return replace(source, episode_ids=source.episode_ids & inside)
