@@ -181,6 +181,8 @@ def markdown(table: dict[str, Any]) -> str:
 
 def _grid(cells: Sequence[dict[str, Any]]) -> list[str]:
     shown = [c for c in cells if c["mean"] is not None]
+    if not shown:
+        return ["No stay of the test split has a label."]
     columns = list(dict.fromkeys((c["task"], c["metric"]) for c in shown))
     by_place = {(c["row"], c["task"], c["metric"]): c for c in shown}
     lines = [

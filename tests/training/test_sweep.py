@@ -304,3 +304,5 @@ def test_the_table_shows_best_and_mean_of_physionet() -> None:
     assert "mean nothing" not in text
     assert "**20.000 / 30.000**" in text
     assert "| 20.000 / 30.000 | 25.814 / 38.733 | -8.733 |" in text
+    unlabelled = cell | {"mean": None, "best": None, "published": None, "bold": False}
+    assert "No stay of the test split has a label." in markdown(body | {"cells": [unlabelled]})
