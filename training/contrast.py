@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llm4ehr.model import LLM4EHR, patch_counts
-from training.dataset import Batch
+from training.dataset import Batch, token_groups
 from training.objectives import (
     ObjectiveConfig,
     Pool,
@@ -102,8 +102,13 @@ class PatchEncoder(nn.Module):
 
 def pooled_events(model: LLM4EHR, batch: Batch, n_patches: int) -> Tensor:
     """The EHR pass, pooled into `n_patches` patches: [B, P, H]."""
-    z = model.encode_events(batch.token_ids, batch.token_mask)
-    return model.pool_events(z, batch.token_hours, batch.token_mask, n_patches)
+    parts, order = [], []
+    for rows, width in token_groups(batch.token_mask):
+        mask = batch.token_mask[rows, :width]
+        z = model.encode_events(batch.token_ids[rows, :width], mask)
+        parts.append(model.pool_events(z, batch.token_hours[rows, :width], mask, n_patches))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def usable_patches(model: LLM4EHR, batch: Batch, n_patches: int) -> Tensor:

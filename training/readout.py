@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llm4ehr.model import LLM4EHR, Task
 from llm4ehr.prompts import SuffixPrompt
 from training.config import FinetuneConfig, Readout
-from training.dataset import Batch
+from training.dataset import Batch, token_groups
 
 _ONCE_A_STAY: tuple[Task, ...] = ("mortality", "phenotyping")
 
@@ -115,9 +115,7 @@ def task_states(model: LLM4EHR, batch: Batch, options: ReadoutOptions) -> dict[T
         states, summary = model.encode_with_suffix(batch.series, events, batch.hour_mask)
         by_stay = dict.fromkeys(options.per_stay, summary)
     else:
-        states = model.encode_stay(
-            batch.series, events, batch.hour_mask, batch.token_ids, batch.token_hours, shown
-        )
+        states = _states(model, batch, events, shown)
         by_stay = {
             task: stay_state(states, batch.hour_mask, how)
             if how != "last_row"
@@ -133,6 +131,28 @@ def task_states(model: LLM4EHR, batch: Batch, options: ReadoutOptions) -> dict[T
         else:
             chosen[task] = states if task in _ONCE_A_STAY else hourly
     return chosen
+
+
+def _states(model: LLM4EHR, batch: Batch, events: Tensor | None, shown: Tensor) -> Tensor:
+    """`LLM4EHR.encode_stay` of a batch, stays with few tokens apart from those with many."""
+    if model.config.events != "stream":
+        return model.encode_stay(
+            batch.series, events, batch.hour_mask, batch.token_ids, batch.token_hours, shown
+        )
+    parts, order = [], []
+    for rows, width in token_groups(batch.token_mask):
+        parts.append(
+            model.encode_stay(
+                batch.series[rows],
+                None,
+                batch.hour_mask[rows],
+                batch.token_ids[rows, :width],
+                batch.token_hours[rows, :width],
+                shown[rows, :width],
+            )
+        )
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def _after_padding(
