@@ -21,11 +21,11 @@ from llm4ehr.model import Task
 from training.config import FinetuneConfig, SourceConfig
 from training.data.phenotypes import PHENOTYPES
 from training.evaluation.facts import facts
-from training.evaluation.held_out import with_threshold
 from training.evaluation.pictures import draw_pictures
 from training.evaluation.report import task_metrics
 from training.evaluation.scorer import Scorer
 from training.evaluation.table import flat, hourly_table, pooled
+from training.evaluation.threshold import with_threshold
 from training.labels import MIN_HISTORY_HOURS, LabelOptions
 from training.readout import ReadoutOptions
 from training.run_folder import environment

@@ -17,10 +17,10 @@ from training import metrics
 from training.config import FinetuneConfig, SourceConfig
 from training.evaluate import evaluate, load_scorer
 from training.evaluation.facts import weights_sha256
-from training.evaluation.held_out import with_threshold
 from training.evaluation.report import check_variance, scored_rows, task_metrics
 from training.evaluation.scorer import Scorer
 from training.evaluation.table import hourly_table
+from training.evaluation.threshold import with_threshold
 from training.finetune import finetune
 from training.labels import LabelOptions
 from training.readout import ReadoutOptions
