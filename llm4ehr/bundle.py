@@ -108,11 +108,11 @@ class Bundle:
     card: str = ""
 
 
-def save_network(folder: Path, network: Network, *, half: bool = False) -> None:
+def save_network(folder: Path, network: Network) -> None:
     """Write the network files into an existing folder.
 
-    `half` stores frozen backbone weights in bfloat16. They must already be rounded to it (see
-    `training.pretrain`), so that nothing is lost.
+    Backbone weights that bfloat16 can hold exactly are stored in it, which halves a frozen backbone
+    (`training.pretrain` has rounded it before anything was trained on top) and loses nothing.
     """
     config = network.model.config
     _write_json(folder / "config.json", config.to_json())
@@ -121,9 +121,8 @@ def save_network(folder: Path, network: Network, *, half: bool = False) -> None:
     state = {}
     for name, tensor in network.model.state_dict().items():
         kept = tensor.detach().cpu().contiguous().clone()
-        if half and name.startswith("backbone.") and not torch.equal(kept.bfloat16().float(), kept):
-            raise BundleError(f"{name} is not rounded to bfloat16")
-        state[name] = kept.bfloat16() if half and name.startswith("backbone.") else kept
+        exact = name.startswith("backbone.") and torch.equal(kept.bfloat16().float(), kept)
+        state[name] = kept.bfloat16() if exact else kept
     save_file(state, folder / "model.safetensors")
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private to the user
 
@@ -160,7 +159,6 @@ def save_bundle(
     labels: Mapping[str, Any],
     metrics: Mapping[str, Any],
     card: str,
-    half: bool = False,
     graphs: Sequence[Path] = (),
 ) -> Path:
     """Write a complete bundle and return its folder. A version that exists is never overwritten.
@@ -173,7 +171,7 @@ def save_bundle(
     partial = folder.with_name(f"{version}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        save_network(partial, network, half=half)
+        save_network(partial, network)
         _write_json(partial / "labels.json", labels)
         _write_json(partial / "calibration.json", calibration_json(calibration))
         _write_json(partial / "metrics.json", metrics)

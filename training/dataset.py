@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llm4ehr.episode import (
     EVENT_CHANNELS,
+    MAX_HOURS,
     N_VARIABLES,
     Preprocessing,
     empty_episode,
@@ -214,19 +215,18 @@ class FeatureSet:
         self,
         index: NDArray[np.int64],
         max_tokens: int = 0,
-        max_hours: int | None = None,
         *,
         with_events: bool = True,
         hide_events: NDArray[np.bool_] | None = None,
     ) -> Batch:
-        """Collate the first `max_hours` hours of the given episodes.
+        """Collate the given episodes.
 
-        Tokens beyond `max_tokens`, and those of later hours, are cut off. Event channels, the
-        widest part by far, are made only `with_events`.
+        Tokens beyond `max_tokens` are cut off. Event channels, the widest part by far, are made
+        only `with_events`.
         """
-        lengths = np.minimum(self.lengths[index], max_hours or self.lengths.max())
+        lengths = self.lengths[index]
         n, longest = len(index), int(lengths.max())
-        tokens = np.minimum(self._tokens_until(index, lengths), max_tokens)
+        tokens = np.minimum(np.diff(self.token_offsets)[index], max_tokens)
         widest = max(int(tokens.max()), 1)
         series = np.zeros((n, longest, self.series.shape[1]), np.float32)
         width = len(self._vocabulary) * EVENT_CHANNELS
@@ -260,16 +260,6 @@ class FeatureSet:
             hide_events=torch.from_numpy(np.zeros(n, bool) if hide_events is None else hide_events),
         )
 
-    def _tokens_until(
-        self, index: NDArray[np.int64], n_hours: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """How many tokens of each episode fall into its first hours; tokens are in time order."""
-        ends = [
-            np.searchsorted(self.token_hours[slice(*self.token_offsets[i : i + 2])], hours)
-            for i, hours in zip(index, n_hours, strict=True)
-        ]
-        return np.array(ends, dtype=np.int64)
-
 
 def build_features(
     sources: Sequence[Source],
@@ -277,8 +267,13 @@ def build_features(
     vocabulary: Vocabulary,
     cache: Path,
     options: LabelOptions = DEFAULT_LABELS,
+    max_hours: int | None = None,
 ) -> FeatureSet:
-    """Featurise the chosen stays, or reuse what was made from the very same inputs before."""
+    """Featurise the chosen stays, or reuse what was made from the very same inputs before.
+
+    Of every stay the first `max_hours` hours are read, and nothing that is later: what interpolates
+    would otherwise carry later values into them.
+    """
     key = [
         _FEATURES_VERSION,
         preprocessing_digest(preprocessing, vocabulary),
@@ -292,10 +287,11 @@ def build_features(
             for s in sources
         ],
         asdict(options),
+        max_hours,
     ]
     folder = cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if not folder.exists():
-        _write_features(sources, preprocessing, vocabulary, options, folder)
+        _write_features(sources, preprocessing, vocabulary, options, max_hours, folder)
     return FeatureSet(folder, preprocessing, vocabulary)
 
 
@@ -304,6 +300,7 @@ def _write_features(
     preprocessing: Preprocessing,
     vocabulary: Vocabulary,
     options: LabelOptions,
+    max_hours: int | None,
     folder: Path,
 ) -> None:
     columns = (*_HOURLY, *_EVENTS, *_TOKENS)
@@ -312,7 +309,7 @@ def _write_features(
     meta: dict[str, list[str]] = {"episode_ids": [], "subjects": [], "sources": []}
     for source, record in records(sources, "featurising"):
         episode = record.episode
-        n_hours = min(episode.n_hours, preprocessing.max_hours)
+        n_hours = min(episode.n_hours, preprocessing.max_hours, max_hours or MAX_HOURS)
         if n_hours < 1:
             continue
         parts["series"].append(featurise(episode, vocabulary, preprocessing, n_hours).series)

@@ -13,9 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-from llm4ehr.bundle import Network, free_folder, save_bundle
+from llm4ehr.bundle import free_folder, save_bundle
 from llm4ehr.calibration import HoursKind, default_calibration
 from llm4ehr.episode import Episode
 from training.card import Provenance, model_card
@@ -104,7 +102,6 @@ def export(
             card=model_card(
                 name, version, network, made, evaluations, scorer.calibration, onnx_report
             ),
-            half=_rounded(network),
             graphs=sorted(Path(scratch).iterdir()),
         )
     if onnx:
@@ -175,8 +172,3 @@ def _some_stays(sources: Sequence[SourceConfig]) -> list[Episode]:
             read = (e for e in episodes if e.episode_id in opened.episode_ids and e.n_hours)
             chosen += islice(read, _STAYS_OF_A_STORE)
     return chosen
-
-
-def _rounded(network: Network) -> bool:
-    weights = network.model.backbone.parameters()
-    return all(torch.equal(w.detach().bfloat16().float(), w.detach()) for w in weights)

@@ -60,6 +60,7 @@ def finetune(config: FinetuneConfig) -> Network:
             network.vocabulary,
             config.data.cache,
             config.label_options,
+            config.max_hours,
         )
     train, held_out = split(features, config)
     options = ReadoutOptions.of(config, model.config.patch_hours)
@@ -193,8 +194,7 @@ def parameter_groups(model: LLM4EHR, config: FinetuneConfig) -> list[dict[str, A
 def _epoch_batches(
     features: FeatureSet, train: NDArray[np.int64], config: FinetuneConfig, epoch: int
 ) -> list[NDArray[np.int64]]:
-    lengths = np.minimum(features.lengths[train], config.max_hours)
-    made = batches(lengths, config.optim.batch_size, config.seed, epoch)
+    made = batches(features.lengths[train], config.optim.batch_size, config.seed, epoch)
     return [train[index] for index in made if len(index) >= n_processes()]
 
 
@@ -209,7 +209,6 @@ def _loader(
         return features.batch(
             index[part],
             model.max_tokens if stream else 0,
-            config.max_hours,
             with_events=fused,
             hide_events=hide[part] < config.modality_dropout,
         )

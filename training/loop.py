@@ -88,7 +88,7 @@ class Trainer:
         self.epoch = 0
         self.extra: dict[str, Any] = {}  # what the caller wants kept in checkpoints
         self.accelerator = Accelerator(
-            log_with=list(trackers),
+            log_with=list(trackers) or None,
             project_config=ProjectConfiguration(
                 project_dir=str(run.path), logging_dir=str(run.path / "tensorboard")
             ),
@@ -138,7 +138,7 @@ class Trainer:
                 self.save()
                 if not go_on:
                     break
-        # Not `end_training`: it would take the processes apart, and a sharded model is still needed.
+        # `end_training` would take the processes apart, and a sharded model is still needed.
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

@@ -59,7 +59,7 @@ def run(job: Job, *, keep_weights: bool) -> None:
         [test.store],
         test.splits,
         job.out,
-        labels=list(job.finetune.tasks),
+        labels=[t for t in job.finetune.tasks if test.labels is None or t in test.labels],
         split_column=test.split_column,
         max_episodes=test.max_episodes,
         threshold_on=job.target.threshold_on,

@@ -293,6 +293,22 @@ def test_features_are_those_of_the_one_preprocessing(
     assert np.isnan(features.phenotypes).all()
 
 
+def test_hours_that_are_not_read_change_nothing_not_even_by_interpolation(
+    store: Path, stays: list[Episode], preprocessing: Preprocessing, vocabulary: Vocabulary,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    linear = replace(preprocessing, imputation="linear")
+    sources = opened(store, "a", "b")
+    short, whole = (
+        build_features(sources, linear, vocabulary, tmp_path, max_hours=n) for n in (11, None)
+    )
+    assert max(short.lengths) == 11
+    expected = featurise(stays[1], vocabulary, linear, 11).series
+    assert_array_equal(short.batch(np.array([1])).series[0], expected)
+    cut = whole.batch(np.array([1])).series[0, :11]
+    assert not np.array_equal(cut, expected), "no observation straddles hour 11"
+
+
 @pytest.mark.parametrize("edge", ["left", "right"])
 @pytest.mark.parametrize("n_hours", [3, 11, 30])
 def test_event_channels_of_a_prefix_are_those_of_the_one_preprocessing(
@@ -300,8 +316,9 @@ def test_event_channels_of_a_prefix_are_those_of_the_one_preprocessing(
     tmp_path: Path, edge: str, n_hours: int,
 ) -> None:  # fmt: skip
     chosen = replace(preprocessing, bin_edge=edge)
-    made = build_features(opened(store, "a", "b"), chosen, vocabulary, tmp_path)
-    batch = made.batch(np.array([1, 3]), max_hours=n_hours)
+    sources = opened(store, "a", "b")
+    made = build_features(sources, chosen, vocabulary, tmp_path, max_hours=n_hours)
+    batch = made.batch(np.array([1, 3]))
     assert batch.series.shape[:2] == batch.labels.shape[:2] == batch.valid.shape == (2, n_hours)
     assert batch.hour_mask.all()
     for row, episode in enumerate((stays[1], stays[4])):

@@ -153,8 +153,8 @@ def test_targets_are_the_hours_of_a_batch_stay_by_stay(
     icu_store: Path, preprocessing: Any, vocabulary: Any, tmp_path: Path
 ) -> None:
     sources = open_sources([SourceConfig(store=icu_store, splits=("pretrain",))], training=True)
-    features = build_features(sources, preprocessing, vocabulary, tmp_path)
-    batch = features.batch(np.array([5, 0, 7]), max_hours=20)
+    features = build_features(sources, preprocessing, vocabulary, tmp_path, max_hours=20)
+    batch = features.batch(np.array([5, 0, 7]))
     of = Targets.of(batch)
     lengths = np.minimum(features.lengths[[5, 0, 7]], 20)
     assert torch.bincount(of.stay).tolist() == lengths.tolist()
@@ -357,12 +357,14 @@ def test_predictions_are_those_of_offline_scoring(
     network = load_network(tuned)
     chosen = config(tmp_path)
     sources = open_sources(chosen.data.sources, training=True)
-    features = build_features(sources, network.preprocessing, network.vocabulary, chosen.data.cache)
+    features = build_features(
+        sources, network.preprocessing, network.vocabulary, chosen.data.cache, max_hours=30
+    )
     index = np.array([7, 2, 11])
     rows, of = predict(
         TaskModule(network.model, HOURLY),
         HOURLY,
-        lambda chosen: features.batch(chosen, max_hours=30),
+        features.batch,
         index,
         "fp32",
     )

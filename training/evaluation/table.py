@@ -74,11 +74,16 @@ def _read_out(scorer: Scorer, source: Source) -> Iterator[_Scored]:
     network, options = scorer.network, scorer.readout
     model = network.model.to(device())
     features = build_features(
-        [source], network.preprocessing, network.vocabulary, scorer.cache, scorer.label_options
+        [source],
+        network.preprocessing,
+        network.vocabulary,
+        scorer.cache,
+        scorer.label_options,
+        options.max_hours,
     )
 
     def load(index: NDArray[np.int64]) -> Batch:
-        return features.batch(index, model.max_tokens, options.max_hours).to(device())
+        return features.batch(index, model.max_tokens).to(device())
 
     everyone = np.arange(len(features))
     outputs, targets = predict(TaskModule(model, options), options, load, everyone, "fp32")
