@@ -138,7 +138,7 @@ def chain(data: Path, out: Path, size: Size) -> Path:
     if not folder.exists():
         # Where the data lie on this machine is nobody else's business.
         command = f"python -m training chain --data DATA --out {out} --size {size}"
-        export(finetune_config.run, repository, name, 1, results, command)
+        export(finetune_config.run, repository, name, 1, results, command, onnx=True)
     return folder
 
 

@@ -86,7 +86,8 @@ class PreprocessingOptions(Strict):
 class BackboneOptions(Strict):
     """Pre-trained weights by `source`, or random ones from a `config`.
 
-    A source is a name of `training.backbones`, a name on the hub, or a folder.
+    A source is a name of `training.backbones`, a name on the hub, or a folder. A config is that of
+    Hugging Face, or `{name: gpt2-xl}` with what differs from that backbone.
     """
 
     source: str | None = None
@@ -122,6 +123,8 @@ class ModelOptions(Strict):
     def _stream_is_bounded(self) -> Self:
         if self.events == "stream" and self.event_window is None:
             raise ValueError("events: stream needs an event_window, the tokens it may look back")
+        if self.event_window is not None and self.event_window % 2:
+            raise ValueError("event_window must be even: the chunks overlap by half of it")
         return self
 
 

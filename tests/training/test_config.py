@@ -260,3 +260,14 @@ def test_tasks_are_known_and_weighted(tmp_path: Path) -> None:
 def test_the_shipped_configurations_are_valid(path: Path) -> None:
     kind = FinetuneConfig if "pretrained" in yaml.safe_load(path.read_text()) else PretrainConfig
     load_config(kind, path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [({"events": "stream"}, "needs an event_window"), ({"event_window": 7}, "must be even")],
+)
+def test_the_event_stream_is_bounded(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    body = PRETRAIN | {"model": PRETRAIN["model"] | model}
+    assert message in error_of(tmp_path, body)
+    fine = PRETRAIN | {"model": PRETRAIN["model"] | {"events": "stream", "event_window": 64}}
+    assert load_config(PretrainConfig, write(tmp_path, fine)).model.event_window == 64
