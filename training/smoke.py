@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from training.backbones import BACKBONES, find
-from training.config import ConfigError, FinetuneConfig, PretrainConfig
+from training.config import BackboneOptions, ConfigError, FinetuneConfig, PretrainConfig
 from training.sweep_config import SweepConfig
 
 _SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -24,14 +24,18 @@ _TINY: dict[str, dict[str, Any]] = {
 _EPISODES = 16
 
 
-def tiny_config(source: str) -> dict[str, Any]:
+def tiny_config(backbone: BackboneOptions) -> dict[str, Any]:
     """A Hugging Face config of the family of a backbone, two layers of 16 channels.
 
-    Raises ConfigError for one that is not in `training.backbones`.
+    Raises ConfigError for a source that is not in `training.backbones`.
     """
-    if (named := find(source)) is None:
-        raise ConfigError(f"backbone {source!r} is not one of: {', '.join(BACKBONES)}")
-    family = named[1].config["model_type"]
+    if backbone.config is not None and "model_type" in backbone.config:
+        family = backbone.config["model_type"]
+    else:
+        name = backbone.source or (backbone.config or {}).get("name", "")
+        if (named := find(name)) is None:
+            raise ConfigError(f"backbone {name!r} is not one of: {', '.join(BACKBONES)}")
+        family = named[1].config["model_type"]
     return {"model_type": family} | _TINY[family]
 
 
@@ -59,10 +63,12 @@ def smoke_sweep(config: SweepConfig) -> SweepConfig:
 
 def smoke_pretrain(config: PretrainConfig) -> PretrainConfig:
     """A random network of the same family; batches keep their order of sizes."""
-    source = config.model.backbone.source
-    backbone = {} if source is None else {"source": None, "config": tiny_config(source)}
     body = config.model_dump()
-    body["model"]["backbone"] |= backbone | {"frozen": False}
+    body["model"]["backbone"] |= {
+        "source": None, "config": tiny_config(config.model.backbone), "frozen": False,
+    }  # fmt: skip
+    if config.model.event_window is not None:
+        body["model"]["event_window"] = 64  # within the tiny context
     body["data"] |= {"max_episodes": _EPISODES, "max_codes": 8}
     body["optim"] |= {"epochs": 1, "batch_size": max(config.optim.batch_size // 16, 2)}
     return PretrainConfig.model_validate(body)

@@ -31,12 +31,17 @@ TABLES = sorted(PAPER.glob("table*.yaml"), key=lambda path: int(path.stem.remove
 
 @pytest.fixture(scope="module")
 def stores(
-    write_icu_store: Callable[..., Path], store_2012: Path, tmp_path_factory: pytest.TempPathFactory
+    write_icu_store: Callable[..., Path],
+    store_2012: Path,
+    store_2019: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A folder to work in, with `stores/` as the experiments name them."""
     folder = tmp_path_factory.mktemp("work")
-    for name in ("mimic3", "eicu", "own"):
-        made = EpisodeStore.open(write_icu_store(folder / name, name, seed_of_test=len(name)))
+    (folder / "stores").mkdir()
+    (folder / "stores" / "physionet2019").symlink_to(store_2019)
+    for seed, name in enumerate(("mimic3", "mimic4", "eicu", "own"), start=3):
+        made = EpisodeStore.open(write_icu_store(folder / name, name, seed_of_test=seed))
         with StoreWriter(folder / "stores" / name, made.info, codes=made.codes) as writer:
             for record in made:
                 writer.add(two_days_longer(record))
@@ -92,6 +97,22 @@ def test_there_is_an_experiment_for_every_table() -> None:
         assert {cell.row for cell in published(config.table)} == {
             row.published for row in config.rows if row.published is not None
         }
+
+
+def test_the_comparison_of_events_runs_in_small(work: Path) -> None:
+    assert main(["sweep", str(PAPER.parent / "comparisons" / "events.yaml"), "--smoke"]) == 0
+    table = read(work / "runs" / "events" / "smoke" / "events" / "table.json")
+    assert {cell["row"] for cell in table["cells"]} == {"none", "fused", "stream"}
+    runs = work / "runs" / "events" / "smoke"
+    # With and without the stream heads stand on one encoder.
+    assert len(list(runs.glob("pretrain-*"))) == 2
+    assert len(list(runs.glob("finetune-*"))) == 6
+    of_stream = next(
+        read(folder / "config.json")
+        for folder in runs.glob("finetune-*")
+        if read(folder / "finetune.json")["events"] == "stream"
+    )
+    assert (of_stream["events"], of_stream["event_window"]) == ("stream", 64)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
