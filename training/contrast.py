@@ -12,8 +12,8 @@ Shape legend: B stays, P patches, H hidden, n usable patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -211,35 +211,39 @@ class PretrainStep:
 
     def _in_chunks(self, batch: Batch, gradients: Gradients) -> dict[str, Tensor]:
         chunks = list(_chunks(batch, self.chunk_episodes or len(batch.index)))
-        stays = _stays(batch)
-        terms: dict[str, Tensor] = {}
+        random, stays = [], _stays(batch)
         parts: list[Patches] = []
-        random = []
         with torch.no_grad():
             for chunk in chunks:
+                # The second pass over a chunk must drop the same units as the first.
                 random.append(_random_state(batch.series.device))
-                encoded = self.encoder(chunk)
-                if "v" in encoded:
-                    parts.append(Patches.of(encoded))
-        own: list[Patches] = []
-        if parts:
-            own = [Patches(v=_leaf(p.v), z=_leaf(p.z), episode=p.episode) for p in parts]
-            together = Patches(
-                v=torch.cat([p.v for p in own]),
-                z=torch.cat([p.z for p in own]),
-                episode=torch.cat([p.episode for p in own]),
-            )
-            terms = self._contrastive(together)
-            self._weighted(terms).backward()
+                parts += [Patches.of(e) for e in (self.encoder(chunk),) if "v" in e]
+        cached, terms = self._cached_gradients(parts) if parts else ([None] * len(chunks), {})
         recon = batch.series.new_zeros(())
         for i, chunk in enumerate(chunks):
             _set_random_state(random[i], batch.series.device)
-            if i < len(chunks) - 1:
-                with gradients.unsynced():
-                    recon += self._carry(chunk, own[i] if own else None, stays, gradients)
-            else:
-                recon += self._carry(chunk, own[i] if own else None, stays, gradients)
+            last = i == len(chunks) - 1
+            with nullcontext() if last else gradients.unsynced():
+                recon += self._carry(chunk, cached[i], stays, gradients)
         return terms | {"recon": recon}
+
+    def _cached_gradients(
+        self, parts: Sequence[Patches]
+    ) -> tuple[Sequence[Patches | None], dict[str, Tensor]]:
+        """Patches with the gradients of the contrastive terms at them, and the terms."""
+        leaves = [
+            Patches(v=part.v.requires_grad_(), z=part.z.requires_grad_(), episode=part.episode)
+            for part in parts
+        ]
+        terms = self._contrastive(
+            Patches(
+                v=torch.cat([leaf.v for leaf in leaves]),
+                z=torch.cat([leaf.z for leaf in leaves]),
+                episode=torch.cat([leaf.episode for leaf in leaves]),
+            )
+        )
+        self._weighted(terms).backward()
+        return leaves, terms
 
     def _carry(
         self, chunk: Batch, cached: Patches | None, stays: Tensor, gradients: Gradients
@@ -297,10 +301,6 @@ class PretrainStep:
 def _stays(batch: Batch) -> Tensor:
     """Number of stays with an hour, of the batch of all processes."""
     return total(batch.hour_mask.any(1).sum())
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
 
 
 def _chunks(batch: Batch, size: int) -> Iterator[Batch]:
