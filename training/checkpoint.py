@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from training.processes import rank
+from training.processes import gather_rows, join, rank
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _EVERYWHERE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
@@ -52,6 +52,7 @@ def save_checkpoint(
     """
     state = learning_state(module)
     optimising = get_optimizer_state_dict(module, optimiser, options=_WHOLE)
+    random = _random_states(module)
     if rank() != 0:  # the first process alone has the whole of it
         return
     moments = cast(Any, optimising["state"])
@@ -65,9 +66,6 @@ def save_checkpoint(
         for name, value in entries.items()
     }
     save_file(flat, fresh / "optimiser.safetensors")
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
     save_file(random, fresh / "random.safetensors")
     # Written last: its presence says that the checkpoint is complete.
     (fresh / "progress.json").write_text(json.dumps(progress))
@@ -78,8 +76,9 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, module: nn.Module, optimiser: Optimizer) -> dict[str, Any] | None:
     """Take up a checkpoint and return its progress; None where there is none."""
     fresh = folder.with_suffix(".partial")
-    if not folder.exists() and (fresh / "progress.json").exists():
-        fresh.rename(folder)  # stopped between dropping the old checkpoint and renaming this one
+    with join().main_process_first():
+        if not folder.exists() and (fresh / "progress.json").exists():
+            fresh.rename(folder)  # stopped between dropping the old checkpoint and renaming this
     if not folder.exists():
         return None
     load_learning_state(module, load_file(folder / "model.safetensors"))
@@ -95,8 +94,23 @@ def load_checkpoint(folder: Path, module: nn.Module, optimiser: Optimizer) -> di
         options=_LOADED,
     )
     random = load_file(folder / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
+    torch.set_rng_state(_own(random["cpu"], torch.get_rng_state()))
     if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+        torch.cuda.set_rng_state(_own(random["cuda"], torch.cuda.get_rng_state()))
     progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
     return progress
+
+
+def _random_states(module: nn.Module) -> dict[str, Tensor]:
+    """The random states of all processes, one a row."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    on = next(module.parameters()).device
+    return {name: gather_rows(state[None].to(on))[0].cpu() for name, state in states.items()}
+
+
+def _own(states: Tensor, like: Tensor) -> Tensor:
+    """This process's row; there may have been fewer processes."""
+    rows = states.view(-1, len(like))
+    return rows[rank() % len(rows)].clone()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,10 +25,11 @@ from training.fewshot import few_shot
 from training.heads import Targets, predict, selection_score, task_losses
 from training.held_out import write_held_out
 from training.loop import Trainer, device
-from training.processes import n_processes, total
+from training.processes import agreed, even, join, total
 from training.readout import ReadoutOptions, TaskModule
 from training.run_folder import RunFolder
 from training.sources import LeakageError, Source, is_another, open_sources, origins
+from training.trackers import check_trackers
 from training.tuning import merge, set_train_mode, with_heads
 
 _NOTE_TASK = {"length_of_stay": "remaining_los"}  # what stores may call a task in label_notes
@@ -41,7 +41,8 @@ def finetune(config: FinetuneConfig) -> Network:
     The best epoch on the validation fold is kept, or the last one where the configuration says so.
     Raises ValueError where a store has the name of other data that the encoder was pre-trained on.
     """
-    processes = PartialState()
+    check_trackers(config.trackers)
+    processes = join()
     sources = open_sources(config.data.sources, training=True)
     pretrained = load_network(config.pretrained)
     run = RunFolder(config.run, "finetune", config)
@@ -91,6 +92,8 @@ def finetune(config: FinetuneConfig) -> Network:
 
     def after_epoch(epoch: int) -> bool:
         score = selection_score(config.select_by, *validate(), config.tasks, config.los_scale)
+        score = agreed(score, trainer.device)  # or one process might stop, and others go on
+        trainer.accelerator.log({"validation_score": score}, step=trainer.step)
         history: list[float] = trainer.extra.setdefault("scores", [])
         if not history or score > max(history):
             state = learning_state(trainer.module)
@@ -195,7 +198,7 @@ def _epoch_batches(
     features: FeatureSet, train: NDArray[np.int64], config: FinetuneConfig, epoch: int
 ) -> list[NDArray[np.int64]]:
     made = batches(features.lengths[train], config.optim.batch_size, config.seed, epoch)
-    return [train[index] for index in made if len(index) >= n_processes()]
+    return [train[index] for index in even(made, config.optim.batch_size)]
 
 
 def _loader(

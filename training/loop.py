@@ -28,9 +28,10 @@ from llm4ehr.model import LLM4EHR
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import OptimConfig, Tracker
 from training.dataset import Batch
-from training.processes import n_processes, share
-from training.progress import progress_bar
+from training.processes import n_processes, rank, share
+from training.progress import Throughput, progress_bar
 from training.run_folder import MetricsLog, RunFolder
+from training.trackers import tracking
 
 Index = NDArray[np.int64]
 Step = Callable[[Batch, "Trainer"], dict[str, Tensor]]
@@ -95,12 +96,12 @@ class Trainer:
             # The decoder or the tokens have no part in some objectives.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        self._trackers = trackers
-        self.plain = module
         optimiser = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimiser](
             parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.module, self.optimiser = self.accelerator.prepare(module, optimiser)
+        if rank() > 0:  # the processes began alike, but should not drop the same channels
+            torch.manual_seed(torch.initial_seed() + rank())
         self._base_rates = [group["lr"] for group in self.optimiser.param_groups]
 
     @property
@@ -116,20 +117,22 @@ class Trainer:
         """
         total = self.config.epochs * len(self.epoch_batches(0))
         self._resume()
-        self.accelerator.init_trackers(
-            "llm4ehr", init_kwargs={"tensorboard": {"purge_step": self.step}}
-        )
-        main = self.accelerator.is_main_process
-        with progress_bar(disable=not main) as bar, MetricsLog(self.run, self.step) as log:
+        speed = Throughput()
+        with (
+            tracking(self.accelerator, self.run, self.step),
+            MetricsLog(self.run, self.step) as log,
+            progress_bar() as bar,
+        ):
             task = bar.add_task("training", total=total, completed=self.step, note="")
             for epoch in range(self.epoch, self.config.epochs):
                 self.epoch = epoch
                 todo = self.epoch_batches(epoch)
-                for batch in self._loaded(todo, epoch * len(todo)):
+                for batch, hours in self._loaded(todo, epoch * len(todo)):
                     terms = self._train_step(step, batch, total)
                     self.accelerator.log(terms, step=self.step)
                     log.write({"step": self.step, "epoch": epoch, **terms})
-                    bar.update(task, advance=1, note=_note(terms, len(batch.index), bar.tasks[0]))
+                    speed.add(len(batch.index) * n_processes(), hours * n_processes())
+                    bar.update(task, advance=1, below=_below(speed, terms))
                     if self.step % self.config.checkpoint_every == 0 and self.step % len(todo):
                         self.save()
                 go_on = after_epoch is None or after_epoch(epoch)
@@ -138,9 +141,6 @@ class Trainer:
                 self.save()
                 if not go_on:
                     break
-        # `end_training` would take the processes apart, and a sharded model is still needed.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this process's share of a loss.
@@ -185,8 +185,11 @@ class Trainer:
             self.step, self.epoch = progress["step"], progress["epoch"]
             self.extra = progress["extra"]
 
-    def _loaded(self, todo: list[Index], first_step: int) -> Iterator[Batch]:
-        """The batches of an epoch that are left, on the device, made ahead on a GPU machine."""
+    def _loaded(self, todo: list[Index], first_step: int) -> Iterator[tuple[Batch, int]]:
+        """The batches of an epoch that are left, on the device, and the hours in each.
+
+        On a GPU machine they are made ahead.
+        """
         on_gpu = self.device.type == "cuda"
         loader: DataLoader[Batch] = DataLoader(
             _Batches(self.load, todo, first_step),
@@ -198,7 +201,7 @@ class Trainer:
             generator=torch.Generator(),
         )
         for batch in loader:
-            yield batch.to(self.device)
+            yield batch.to(self.device), int(batch.hour_mask.sum())
 
     def _train_step(self, step: Step, batch: Batch, total: int) -> dict[str, float]:
         factor = learning_rate_factor(self.step, total, self.config)
@@ -233,6 +236,5 @@ class _Batches(Dataset[Batch]):
         return self.load(index, self.first_step + i, share(len(index)))
 
 
-def _note(terms: dict[str, float], stays: int, task: Any) -> str:
-    speed = f"{task.speed * stays * n_processes():.0f} stays/s " if task.speed else ""
-    return speed + " ".join(f"{name} {value:.3f}" for name, value in terms.items())
+def _below(speed: Throughput, terms: dict[str, float]) -> str:
+    return "  ".join([str(speed), *(f"{name} {value:.3f}" for name, value in terms.items())])

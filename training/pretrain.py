@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 
 from llm4ehr.backbone import Backbone, spec_from_config
@@ -27,9 +26,10 @@ from training.dataset import (
 )
 from training.event_cache import EventPatches, event_pass_is_frozen, write_event_patches
 from training.loop import Trainer, autocast, device
-from training.processes import n_processes
+from training.processes import even, join
 from training.run_folder import RunFolder
 from training.sources import open_sources, origins
+from training.trackers import check_trackers
 
 EVENT_PATCHES = "event_patches.npy"
 
@@ -84,7 +84,8 @@ def round_to_bfloat16(backbone: Backbone) -> None:
 
 def pretrain(config: PretrainConfig) -> Network:
     """Run, resume or, if it is finished, load a pre-training; the network is in the run folder."""
-    processes = PartialState()
+    check_trackers(config.trackers)
+    processes = join()
     sources = open_sources(config.data.sources, training=True)
     run = RunFolder(config.run, "pretrain", config)
     if run.finished:
@@ -102,7 +103,7 @@ def pretrain(config: PretrainConfig) -> Network:
 
     def epoch_batches(epoch: int) -> list[NDArray[np.int64]]:
         made = batches(features.lengths[chosen], config.optim.batch_size, config.seed, epoch)
-        return [chosen[index] for index in made if len(index) >= n_processes()]
+        return [chosen[index] for index in even(made, config.optim.batch_size)]
 
     encoder = PatchEncoder(model, config.objective)
     load = _loader(features, config, model, run)
@@ -149,7 +150,7 @@ def _loader(
     if contrastive and event_pass_is_frozen(model):
         path = run.path / EVENT_PATCHES
         chosen = training_episodes(features, config)
-        with PartialState().main_process_first(), autocast(config.optim.precision, device()):
+        with join().main_process_first(), autocast(config.optim.precision, device()):
             write_event_patches(
                 path, model, features, chosen, lambda index: make(index).to(device())
             )

@@ -6,11 +6,24 @@ process alone would compute. With a single process everything here hands back wh
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from numpy.typing import NDArray
 from torch import Tensor
+
+# How long processes wait for one another: the first one alone makes features and event patches,
+# which takes long on much data.
+_PATIENCE = timedelta(hours=6)
+
+
+def join() -> PartialState:
+    """This process among its peers, whom it joins with the first call."""
+    return PartialState(timeout=_PATIENCE)
 
 
 def n_processes() -> int:
@@ -30,6 +43,28 @@ def share(n: int) -> slice:
     """
     world, own = n_processes(), rank()
     return slice(n * own // world, n * (own + 1) // world)
+
+
+def even(batches: list[NDArray[np.int64]], batch_size: int) -> list[NDArray[np.int64]]:
+    """The batches, cut so that every process has as many stays of each as the others.
+
+    Sharded models need it: all processes must call every block equally often. What is cut are fewer
+    stays an epoch than there are processes. Raises ValueError where whole batches cannot be shared.
+    """
+    world = n_processes()
+    if batch_size % world:
+        raise ValueError(f"optim.batch_size {batch_size} is not a multiple of {world} processes")
+    cut = [batch[: len(batch) // world * world] for batch in batches]
+    return [batch for batch in cut if len(batch)]
+
+
+def agreed(value: float, on: torch.device) -> float:
+    """The value of the first process, so that all decide alike. `on` is where tensors travel."""
+    if n_processes() == 1:
+        return value
+    sent = torch.tensor([value], dtype=torch.float64, device=on)
+    dist.broadcast(sent, 0)
+    return float(sent)
 
 
 def total(x: Tensor) -> Tensor:

@@ -26,16 +26,16 @@ class RunFolder:
 
     def __init__(self, path: Path, kind: str, config: Strict) -> None:
         self.path = path
+        self.config: dict[str, Any] = config.model_dump(mode="json")
         path.mkdir(parents=True, exist_ok=True)
         if rank() != 0:
             return
-        resolved = config.model_dump(mode="json")
         existing = path / f"{kind}.json"
-        if existing.exists() and json.loads(existing.read_text()) != resolved:
+        if existing.exists() and json.loads(existing.read_text()) != self.config:
             raise FileExistsError(
                 f"{path} holds a run with another configuration; choose another `run`"
             )
-        existing.write_text(json.dumps(resolved, indent=2))
+        existing.write_text(json.dumps(self.config, indent=2))
         (path / "environment.json").write_text(json.dumps(environment(), indent=2))
 
     @property

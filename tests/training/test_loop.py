@@ -27,13 +27,14 @@ class Rows:
     """Stands for a batch."""
 
     index: NDArray[np.int64]
+    hour_mask: Tensor
 
     def to(self, device: torch.device) -> Rows:
         return self
 
 
 def load(index: NDArray[np.int64], step: int, part: slice) -> Any:
-    return Rows(index[part])
+    return Rows(index[part], torch.ones(len(index[part]), 24, dtype=torch.bool))
 
 
 class Stopped(Exception):
