@@ -67,7 +67,8 @@ class Pool:
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Cosines of every row of a [m, H] with every row of b [n, H], in fp32 or better: [m, n]."""
     dtype = torch.promote_types(a.dtype, torch.float32)
-    return F.normalize(a.to(dtype), dim=1) @ F.normalize(b.to(dtype), dim=1).T
+    with torch.autocast(a.device.type, enabled=False):  # it would do the product in bf16
+        return F.normalize(a.to(dtype), dim=1) @ F.normalize(b.to(dtype), dim=1).T
 
 
 def _log_sum(logits: Tensor, candidates: Tensor) -> Tensor:

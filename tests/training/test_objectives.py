@@ -266,6 +266,15 @@ def test_cosines_do_not_see_the_length_and_stay_in_fp32() -> None:
     assert half[0].item() == pytest.approx(plain[0].item(), abs=0.05)
 
 
+def test_autocast_does_not_reach_the_cosines() -> None:
+    """At tau = 0.02 the rounding of bf16 near 1 is a fifth of a unit of the logits."""
+    v, z = (x.detach().float() for x in patches())
+    config = ObjectiveConfig(tau=0.02)
+    exact = contrastive_terms(v, z, FIVE, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert contrastive_terms(v, z, FIVE, config) == exact
+
+
 def test_random_patches_have_the_expected_size() -> None:
     torch.manual_seed(0)
     v, z = torch.randn(2, 1, 40, 768)
