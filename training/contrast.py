@@ -157,8 +157,8 @@ class PretrainStep:
     """Losses and gradients of one batch.
 
     `encoder` is a `PatchEncoder`, possibly wrapped for several processes; `queue` is its queue.
-    Raises ValueError for an objective whose parts have no shares (published code) where the batch
-    is in parts.
+    Raises ValueError for an objective whose parts have no shares (published code), or a norm over
+    the batch, where the batch is in parts.
     """
 
     def __init__(
@@ -168,10 +168,15 @@ class PretrainStep:
         config: ObjectiveConfig,
         chunk_episodes: int | None = None,
     ) -> None:
-        if not config.shared and (chunk_episodes or n_processes() > 1):
+        across_stays = (
+            not config.shared
+            or config.pad_hours == "keep"  # up to the longest stay of the batch
+            or any(isinstance(module, nn.BatchNorm1d) for module in encoder.modules())
+        )
+        if across_stays and (chunk_episodes or n_processes() > 1):
             raise ValueError(
-                "unusable_patches: keep and recon: same_step_mean look at the whole batch at once: "
-                "use one process and no chunk_episodes"
+                "unusable_patches: keep, recon: same_step_mean, pad_hours: keep and ts_norm: batch "
+                "look at the whole batch at once: use one process and no chunk_episodes"
             )
         self.encoder = encoder
         self.queue = queue

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llm4ehr.model import LLM4EHR
 from tests.training.distributed_step import N_STAYS, batch, model
 from training.contrast import PatchEncoder, Patches, PatchQueue, PretrainStep
 from training.event_cache import EventPatches, event_pass_is_frozen, write_event_patches
@@ -104,13 +105,23 @@ def test_a_chunk_is_not_padded_to_the_longest_stay_of_the_batch() -> None:
     assert short.token_mask.all()
 
 
-@pytest.mark.parametrize("objective", [{"unusable_patches": "keep"}, {"recon": "same_step_mean"}])
-def test_the_published_terms_have_no_shares(objective: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [{"unusable_patches": "keep"}, {"recon": "same_step_mean"}, {"pad_hours": "keep"}],
+)
+def test_terms_that_look_at_the_whole_batch_have_no_shares(objective: dict[str, Any]) -> None:
     config = ObjectiveConfig(**objective)
     encoder = PatchEncoder(model(), config)
     with pytest.raises(ValueError, match="one process and no chunk_episodes"):
         PretrainStep(encoder, encoder.queue, config, 2)
     PretrainStep(encoder, encoder.queue, config)(batch(), OneProcess())
+
+
+def test_batch_norm_looks_at_the_whole_batch() -> None:
+    network = LLM4EHR(replace(model().config, ts_norm="batch"))
+    encoder = PatchEncoder(network, ObjectiveConfig())
+    with pytest.raises(ValueError, match="ts_norm: batch"):
+        PretrainStep(encoder, encoder.queue, encoder.config, 2)
 
 
 # The queue.
