@@ -156,6 +156,8 @@ def _hourly_line(x: Floats, y: Floats, hours: Ints, weight: Floats) -> OutputMap
         return None
     last_hour = int(there[-1])
     u = np.log1p(np.minimum(hours, last_hour))
+    if u.min() == u.max():  # what follows the hour and what does not are the same column
+        return None
     fitted = fit_logistic(np.stack([x, np.ones_like(x), u * x, u], axis=1), y, weight)
     if fitted is None:
         return None

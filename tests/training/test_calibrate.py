@@ -103,6 +103,14 @@ def test_few_deaths_give_one_line_for_all_hours() -> None:
         assert of.a != 1
 
 
+def test_answers_of_one_hour_give_one_line() -> None:
+    """As a network that answers once a stay gives them: the hour tells nothing apart."""
+    ward = Ward(800)
+    rows = [of[ward.hours == 47] for of in (ward.raw, ward.y, ward.stay, ward.hours)]
+    by_hour, plain = (fit_map("platt", *rows, by_stay=True, by_hour=b) for b in (True, False))
+    assert by_hour == plain
+
+
 def test_a_line_that_falls_at_some_hour_does_not_follow_the_hour() -> None:
     ward = Ward(1000)
     early = ward.hours < 3
