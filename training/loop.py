@@ -28,7 +28,7 @@ from llm4ehr.model import LLM4EHR
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import OptimConfig, Tracker
 from training.dataset import Batch
-from training.processes import n_processes, rank, share
+from training.processes import join, n_processes, rank, share
 from training.progress import Throughput, progress_bar
 from training.run_folder import MetricsLog, RunFolder
 from training.trackers import tracking
@@ -40,9 +40,7 @@ Load = Callable[[Index, int, slice], Batch]
 
 def device() -> torch.device:
     """The GPU when there is one; with several processes, this one's."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return join().device
 
 
 def autocast(precision: str, on: torch.device) -> AbstractContextManager[Any]:
@@ -88,6 +86,7 @@ class Trainer:
         self.step = 0
         self.epoch = 0
         self.extra: dict[str, Any] = {}  # what the caller wants kept in checkpoints
+        join()
         self.accelerator = Accelerator(
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(

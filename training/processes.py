@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,8 +23,12 @@ _PATIENCE = timedelta(hours=6)
 
 
 def join() -> PartialState:
-    """This process among its peers, whom it joins with the first call."""
-    return PartialState(timeout=_PATIENCE)
+    """This process among its peers, whom it joins with the first call; and its device.
+
+    That is the GPU when there is one, or the CPU where Accelerate is told so.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return PartialState(cpu=cpu, timeout=_PATIENCE)
 
 
 def n_processes() -> int:

@@ -17,7 +17,7 @@ import torch
 
 from training.config import Strict
 from training.loss_curves import loss_curves
-from training.processes import rank
+from training.processes import n_processes, rank
 
 
 class RunFolder:
@@ -80,6 +80,7 @@ def environment() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpu": gpu,
+        "processes": n_processes(),
         "git": git.stdout.strip() or None,
     }
 

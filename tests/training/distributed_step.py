@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -26,7 +26,7 @@ from training.contrast import PatchEncoder, PretrainStep
 from training.dataset import Batch
 from training.loop import Trainer
 from training.objectives import ObjectiveConfig
-from training.processes import rank
+from training.processes import join, rank
 from training.run_folder import RunFolder
 
 N_STAYS, N_HOURS, N_TOKENS, N_SERIES, N_CODES = 7, 23, 40, 13, 20
@@ -125,7 +125,7 @@ def _allow_sharding_without_a_gpu() -> None:
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block",
     }
-    PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    join()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def _whole(gradient: Any) -> torch.Tensor:

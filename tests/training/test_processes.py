@@ -33,7 +33,8 @@ def steps(folder: Path, n_processes: int, *options: str) -> dict[str, Tensor]:
             "LOCAL_WORLD_SIZE": n_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
         own = {name: str(value) for name, value in peers.items()} if n_processes > 1 else {}
-        environment = os.environ | own | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+        on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | own | on_cpu | {"PYTHONPATH": str(ROOT)}
         running.append(
             subprocess.Popen(
                 [sys.executable, str(SCRIPT), str(folder / "out.safetensors"), *options],
