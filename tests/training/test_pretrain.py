@@ -296,7 +296,7 @@ def test_a_frozen_backbone_is_rounded_once_and_stays(
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert all(torch.equal(w, w.bfloat16().float()) for w in model.backbone.parameters())
     made = Network(model=model, preprocessing=preprocessing, vocabulary=vocabulary)
-    save_network(tmp_path, made, half=True)
+    save_network(tmp_path, made)
     loaded = load_network(tmp_path).model.state_dict()
     assert all(torch.equal(loaded[n], w) for n, w in model.state_dict().items())
 
