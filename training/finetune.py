@@ -30,7 +30,7 @@ from training.readout import ReadoutOptions, TaskModule
 from training.run_folder import RunFolder
 from training.sources import LeakageError, Source, is_another, open_sources, origins
 from training.trackers import check_trackers
-from training.tuning import merge, set_train_mode, with_heads
+from training.tuning import merge, set_train_mode, trains_encoder, with_heads
 
 _NOTE_TASK = {"length_of_stay": "remaining_los"}  # what stores may call a task in label_notes
 
@@ -50,6 +50,9 @@ def finetune(config: FinetuneConfig) -> Network:
         return load_network(config.run)
     pretraining = _pretraining(config.pretrained, sources)
     torch.manual_seed(config.seed)
+    if pretrained.model.config.ts_norm == "batch" and trains_encoder(config.tuning):
+        if n_processes() > 1:
+            raise ValueError("ts_norm: batch needs the whole batch in one process to be trained")
     network = with_heads(pretrained, config)
     model = network.model.to(device())
     if config.optim.compile:
@@ -83,15 +86,18 @@ def finetune(config: FinetuneConfig) -> Network:
         trainer.backward(loss)
         return {"loss": total(loss)} | {task: total(cost) for task, cost in losses.items()}
 
-    def validate() -> tuple[dict[Task, Tensor], Targets]:
+    def validate(precision: str) -> tuple[dict[Task, Tensor], Targets]:
         load = _validation_loader(features, config, model, trainer.device)
-        return predict(trainer.module, options, load, held_out, config.optim.precision)
+        return predict(trainer.module, options, load, held_out, precision)
 
     best_file = config.run / "best.safetensors"
     selects = bool(len(held_out)) and config.select_by != "last"
 
     def after_epoch(epoch: int) -> bool:
-        score = selection_score(config.select_by, *validate(), config.tasks, config.los_scale)
+        outputs, targets = validate(config.optim.precision)
+        score = selection_score(
+            config.select_by, outputs, targets, config.tasks, config.los_scale
+        )
         score = agreed(score, trainer.device)  # or one process might stop, and others go on
         trainer.accelerator.log({"validation_score": score}, step=trainer.step)
         history: list[float] = trainer.extra.setdefault("scores", [])
@@ -106,7 +112,8 @@ def finetune(config: FinetuneConfig) -> Network:
     processes.wait_for_everyone()
     if selects:
         load_learning_state(trainer.module, load_file(best_file))
-    fitted = fit_calibration(config, *validate()) if len(held_out) else uncalibrated(config)
+    # In the precision that answers are given in.
+    fitted = fit_calibration(config, *validate("fp32")) if len(held_out) else uncalibrated(config)
     whole = trainer.whole(model, lambda: with_heads(pretrained, config).model)
     network = merge(replace(network, model=whole))
     if processes.is_main_process:
@@ -133,6 +140,7 @@ def finetune(config: FinetuneConfig) -> Network:
                 **fitted,
             }
         )
+    processes.wait_for_everyone()  # what comes next may read the run
     return network
 
 
@@ -160,14 +168,12 @@ def split(
     train = np.flatnonzero(fold != config.data.validation_fold)
     check_apart([features.subjects[i] for i in train], [features.subjects[i] for i in held_out])
     if config.data.fraction < 1:
-        died = np.array(
-            [np.nanmax(_mortality(features, i), initial=-1) for i in range(len(features))]
-        )
+        died = np.array([_died(features, i) for i in range(len(features))])
         train = few_shot(
             train,
             config.data.fraction,
             config.seed,
-            deaths=np.where(died < 0, np.nan, died)
+            deaths=died
             if {"mortality", "decompensation"} & config.tasks.keys()
             else None,
             phenotypes=features.phenotypes if "phenotyping" in config.tasks else None,
@@ -175,9 +181,15 @@ def split(
     return subsample(train, config.data.max_episodes, config.seed), held_out
 
 
-def _mortality(features: FeatureSet, i: int) -> NDArray[np.float32]:
-    labels = features.labels[features.hours(i), LABEL_COLUMNS.index("mortality")]
-    return labels[~np.isnan(labels)]
+def _died(features: FeatureSet, i: int) -> float:
+    """Whether the patient of a stay died, as far as its labels tell; else NaN.
+
+    Mortality may be asked of long stays only; then hours before death tell it of the others.
+    """
+    asked = [LABEL_COLUMNS.index(task) for task in ("mortality", "decompensation")]
+    labels = features.labels[features.hours(i)][:, asked]
+    known = labels[~np.isnan(labels)]
+    return float(known.max() > 0) if known.size else float("nan")
 
 
 def parameter_groups(model: LLM4EHR, config: FinetuneConfig) -> list[dict[str, Any]]:

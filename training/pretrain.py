@@ -132,6 +132,7 @@ def pretrain(config: PretrainConfig) -> Network:
                 **origins(sources),
             }
         )
+    processes.wait_for_everyone()  # what comes next may read the run
     return network
 
 
