@@ -1,6 +1,6 @@
 """Training steps as one of several processes; `test_processes.py` runs it with and without peers.
 
-    python distributed_step.py OUT [--chunk N] [--queue N] [--shard]
+    python distributed_step.py OUT [--chunk N] [--queue N] [--shard] [--steps N]
 
 Writes the loss terms and the gradients of the first process to OUT as safetensors.
 """
@@ -78,18 +78,21 @@ class Config(Strict):
 
 
 def main() -> None:
-    """Take two steps; the second one sees the queue of the first."""
+    """Take two steps, or go on after the first; the second one sees the queue of the first."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--chunk", type=int)
     parser.add_argument("--queue", type=int, default=0)
     parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--steps", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.shard:
         _allow_sharding_without_a_gpu()
     objective = ObjectiveConfig(tau=0.1, omega_scope="batch", queue_patches=arguments.queue)
     encoder = PatchEncoder(model(), objective)
-    optim = OptimConfig(epochs=2, batch_size=N_STAYS, learning_rate=1e-3, clip_norm=1e9)
+    optim = OptimConfig(
+        epochs=arguments.steps, batch_size=N_STAYS, learning_rate=1e-3, clip_norm=1e9
+    )
     trainer = Trainer(
         encoder,
         [{"params": list(encoder.parameters())}],

@@ -75,3 +75,15 @@ def test_two_processes_have_the_losses_and_gradients_of_one(
     same = [n for n in alone if n.startswith("state/model") and "c_attn.bias" not in n]
     for name in same:
         torch.testing.assert_close(together[name], alone[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_with_a_sharded_model_stopped(
+    alone: dict[str, Tensor], tmp_path: Path
+) -> None:
+    steps(tmp_path, 2, "--queue", "50", "--shard", "--steps", "1")
+    resumed = steps(tmp_path, 1, "--queue", "50")
+    assert resumed.keys() == {n for n in alone if n.startswith(("1/", "state/"))}
+    for name, value in resumed.items():
+        if "c_attn.bias" not in name:  # as above
+            torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=2e-5)
