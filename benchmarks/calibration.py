@@ -1,6 +1,6 @@
 """How the ways to calibrate the default bundle compare, on stays that chose nothing.
 
-    python benchmarks/calibration.py --stores FOLDER
+    python -m benchmarks.calibration --stores FOLDER
 
 FOLDER holds the prepared stores by name. The maps are fitted on the fold that was held out when
 the bundle was fine-tuned, as a fine-tuning run does it, and judged at hour 48 of set B of
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from report import write
 
+from benchmarks.report import write
 from llm4ehr.bundle import Bundle, load_bundle
 from llm4ehr.calibration import OutputMap
 from llm4ehr.offline import score_episodes

@@ -1,6 +1,6 @@
 """Time to turn one 200-hour stay with 2,000 observations into model input.
 
-`python benchmarks/featurise.py`
+`python -m benchmarks.featurise`
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from report import milliseconds, write
 
+from benchmarks.report import milliseconds, write
 from llm4ehr.bundle import load_bundle
 from llm4ehr.episode import MAX_HOURS, N_VARIABLES, Episode, featurise
 from llm4ehr.variables import VARIABLES

@@ -1,6 +1,6 @@
 """Time and memory of `training prepare mimic3`, by the size of the source.
 
-`python benchmarks/prepare.py --source $LLM4EHR_DATA/mimic-iii-demo-1.4`
+`python -m benchmarks.prepare --source $LLM4EHR_DATA/mimic-iii-demo-1.4`
 
 Sources of several sizes are made from the openly licensed demo of MIMIC-III: copies of its tables
 with fresh subject, admission and stay ids, in the layout of the official files (gzip, upper-case
@@ -36,7 +36,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from report import RESULTS, write
+from benchmarks.report import RESULTS, write
 
 if TYPE_CHECKING:
     import polars as pl

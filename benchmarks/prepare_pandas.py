@@ -1,6 +1,6 @@
 """The baseline of prepare.py: MIMIC-III patient by patient in plain pandas.
 
-`python benchmarks/prepare_pandas.py --source FOLDER --out FOLDER`
+`python -m benchmarks.prepare_pandas --source FOLDER --out FOLDER`
 
 The steps are those of the published MIMIC-III benchmark (Harutyunyan et al. 2019): read the chart
 and laboratory events, split them by subject; for each subject assign the rows to stays, map items

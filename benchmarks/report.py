@@ -22,7 +22,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         print(" | ".join(str(row[c]) for c in columns))
     body = {
-        "command": f"python {' '.join(sys.argv)}",
+        "command": _command(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -38,6 +38,13 @@ def milliseconds(seconds: list[float], *quantiles: float) -> dict[str, float]:
     """Quantiles of durations in milliseconds, as `p50`, `p99`."""
     values = np.quantile(seconds, quantiles) * 1000
     return {f"p{q * 100:g}_ms": round(float(v), 2) for q, v in zip(quantiles, values, strict=True)}
+
+
+def _command() -> str:
+    """As it was typed: `python -m benchmarks.NAME ...`, wherever the checkout lies."""
+    spec = sys.modules["__main__"].__spec__
+    name = spec.name if spec is not None else Path(sys.argv[0]).stem
+    return " ".join(["python -m", name, *sys.argv[1:]])
 
 
 def _processor() -> str:

@@ -1,6 +1,6 @@
 """Time to compute one hour of several stays, by the number of rows of a tick.
 
-`python benchmarks/rows.py`
+`python -m benchmarks.rows`
 
 Helps to choose LLM4EHR_ENGINE_ROWS for a machine. Default bundle, hour 40, one thread, all numbers
 of rows interleaved.
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import milliseconds, write
 
+from benchmarks.report import milliseconds, write
 from llm4ehr.bundle import load_bundle
 from service.engine.backends.torch_cpu import TorchCpuBackend
 

@@ -1,6 +1,6 @@
 """Latency of the whole HTTP path at 1, 32 and 256 live stays.
 
-`python benchmarks/serving.py`
+`python -m benchmarks.serving`
 
 Starts the service as a process of its own with a log on disk (synchronous=FULL). Every stay has 24
 hours on record; then, hour after hour, each stay posts the items of one more hour (12 observations,
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import milliseconds, write
 
+from benchmarks.report import milliseconds, write
 from llm4ehr.variables import VARIABLES
 
 HISTORY_HOURS = 24

@@ -17,7 +17,6 @@ the precision of the variant.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -120,7 +119,7 @@ class Variant:
     make: Callable[[Batch], Iterator[Batch]]
     everything: Batch
     seconds: list[float] = field(default_factory=list)
-    memory: float = 0.0
+    memory: float | None = None  # of the GPU; a process cannot tell its own parts apart
 
     def run(self) -> None:
         """One pass over all stays."""
@@ -135,8 +134,6 @@ class Variant:
         if on.type == "cuda":
             torch.cuda.synchronize()
             self.memory = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            self.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.seconds.append(time.perf_counter() - started)
 
 
@@ -259,7 +256,7 @@ def main() -> None:
                     "episodes_per_s": round(n / seconds, 1),
                     "times_plain": round(base / seconds, 2),
                     "utilisation": round(flops / seconds / peak_flops(variant.precision), 3),
-                    "peak_memory_gib": round(variant.memory, 2),
+                    "peak_gpu_memory_gib": variant.memory and round(variant.memory, 2),
                     "five_epochs_minutes": round(EPOCHS * MIMIC_STAYS / n * seconds / 60, 1),
                 }
             )

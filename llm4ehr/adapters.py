@@ -56,12 +56,6 @@ def add_adapters(backbone: Backbone, width: int) -> None:
             module.register_forward_hook(_adapt)
 
 
-def adapter_parameters(backbone: Backbone) -> list[nn.Parameter]:
-    """The parameters of all adapters of a backbone."""
-    adapters = (m for m in backbone.modules() if isinstance(m, Adapter))
-    return [parameter for adapter in adapters for parameter in adapter.parameters()]
-
-
 def _adapt(projection: nn.Module, _: tuple[torch.Tensor, ...], y: Tensor) -> Tensor:
     correction: Tensor = projection.get_submodule("adapter")(y)
     return y + correction

@@ -97,6 +97,7 @@ def _chain(a: argparse.Namespace) -> None:
 
 def _evaluate(a: argparse.Namespace) -> None:
     from llm4ehr.model import TASKS
+    from training.config import SourceConfig
     from training.evaluate import evaluate
 
     if unknown := sorted(set(a.labels or ()) - set(TASKS)):
@@ -109,6 +110,10 @@ def _evaluate(a: argparse.Namespace) -> None:
         labels=a.labels,
         split_column=a.split_column,
         max_episodes=a.max_episodes,
+        threshold_on=[
+            SourceConfig(store=Path(store), splits=(split,))
+            for store, split in a.threshold_on or ()
+        ],
     )
     print(json.dumps(report, indent=2))
 
@@ -203,6 +208,13 @@ def _parser() -> argparse.ArgumentParser:
         "--labels", action="append", metavar="TASK", help="task to judge; repeatable; default: all"
     )
     evaluate.add_argument("--max-episodes", type=int, help="read at most so many of each store")
+    evaluate.add_argument(
+        "--threshold-on",
+        nargs=2,
+        action="append",
+        metavar=("STORE", "SPLIT"),
+        help="other stays that choose the threshold and the calibration of mortality; repeatable",
+    )
     evaluate.add_argument("--out", type=Path, help="folder for metrics.json and predictions")
     evaluate.set_defaults(run_command=_evaluate)
 

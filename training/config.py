@@ -170,6 +170,14 @@ class PretrainConfig(Strict):
     modality_dropout: float = Field(default=0.5, ge=0, le=1)
     chunk_episodes: PositiveInt | None = None
 
+    @model_validator(mode="after")
+    def _has_no_few_shots(self) -> Self:
+        if self.data.fraction < 1:
+            raise ValueError(
+                "data.fraction is for fine-tuning: pre-training has no labels to spare"
+            )
+        return self
+
 
 class PlainTuning(Strict):
     """`linear` trains the heads alone, `end_to_end` everything in the series pass as well."""

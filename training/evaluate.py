@@ -27,6 +27,7 @@ from training.evaluation.scorer import Scorer
 from training.evaluation.table import flat, hourly_table, pooled
 from training.evaluation.threshold import with_threshold
 from training.labels import MIN_HISTORY_HOURS, LabelOptions
+from training.loop import device
 from training.readout import ReadoutOptions
 from training.run_folder import environment
 from training.sources import Source, is_another, open_sources
@@ -54,6 +55,7 @@ def evaluate(
     has no such stays, or when stores cannot be told apart.
     """
     scorer = load_scorer(model)
+    scorer.network.model.to(device())
     chosen = {"splits": splits, "labels": labels, "split_column": split_column}
     opened = open_sources(
         [
@@ -76,6 +78,11 @@ def evaluate(
                 *(f"--labels {task}" for task in labels or ()),
                 *([f"--split-column {split_column}"] if split_column != "split" else []),
                 *([f"--max-episodes {max_episodes}"] if max_episodes is not None else []),
+                *(
+                    f"--threshold-on {of.store} {split}"
+                    for of in threshold_on
+                    for split in of.splits
+                ),
             ]
         ),
         "splits": list(splits),

@@ -119,7 +119,9 @@ def refuse_undeployable(config: FinetuneConfig) -> None:
     """Raise NotDeployableError for a fine-tuning that does not answer hour by hour."""
     tuning = config.tuning
     reasons = [
-        f"readout of {task}: {how}" for task, how in config.readout.items() if how != "hourly"
+        f"readout of {task}: {how}"
+        for task, how in config.readout.items()
+        if how != "hourly" and task in config.tasks
     ]
     if config.hourly_unit != "hour":
         reasons.append(f"hourly_unit: {config.hourly_unit}")

@@ -30,7 +30,7 @@ from training.readout import ReadoutOptions, TaskModule
 from training.run_folder import RunFolder
 from training.sources import LeakageError, Source, is_another, open_sources, origins
 from training.trackers import check_trackers
-from training.tuning import merge, set_train_mode, trains_encoder, with_heads
+from training.tuning import merge, set_train_mode, with_heads
 
 _NOTE_TASK = {"length_of_stay": "remaining_los"}  # what stores may call a task in label_notes
 
@@ -50,9 +50,6 @@ def finetune(config: FinetuneConfig) -> Network:
         return load_network(config.run)
     pretraining = _pretraining(config.pretrained, sources)
     torch.manual_seed(config.seed)
-    if pretrained.model.config.ts_norm == "batch" and trains_encoder(config.tuning):
-        if n_processes() > 1:
-            raise ValueError("ts_norm: batch needs the whole batch in one process to be trained")
     network = with_heads(pretrained, config)
     model = network.model.to(device())
     if config.optim.compile:
@@ -95,9 +92,7 @@ def finetune(config: FinetuneConfig) -> Network:
 
     def after_epoch(epoch: int) -> bool:
         outputs, targets = validate(config.optim.precision)
-        score = selection_score(
-            config.select_by, outputs, targets, config.tasks, config.los_scale
-        )
+        score = selection_score(config.select_by, outputs, targets, config.tasks, config.los_scale)
         score = agreed(score, trainer.device)  # or one process might stop, and others go on
         trainer.accelerator.log({"validation_score": score}, step=trainer.step)
         history: list[float] = trainer.extra.setdefault("scores", [])
@@ -173,9 +168,7 @@ def split(
             train,
             config.data.fraction,
             config.seed,
-            deaths=died
-            if {"mortality", "decompensation"} & config.tasks.keys()
-            else None,
+            deaths=died if {"mortality", "decompensation"} & config.tasks.keys() else None,
             phenotypes=features.phenotypes if "phenotyping" in config.tasks else None,
         )
     return subsample(train, config.data.max_episodes, config.seed), held_out

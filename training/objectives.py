@@ -9,10 +9,10 @@ Shape legend: B episodes, P patches, H hidden, T hours, V variables, n usable pa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +40,15 @@ class ObjectiveConfig(BaseModel):
     unusable_patches: Literal["drop", "keep"] = "drop"
     # Event patches of earlier batches kept as further candidates of InfoNCE (as in MoCo).
     queue_patches: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _queue_has_a_use(self) -> Self:
+        if self.queue_patches and (self.nce_scope == "episode" or self.unusable_patches == "keep"):
+            raise ValueError(
+                "queue_patches: patches of other stays are no candidates with nce_scope: episode, "
+                "nor with unusable_patches: keep"
+            )
+        return self
 
     @property
     def shared(self) -> bool:

@@ -37,7 +37,9 @@ class ReadoutOptions:
     def of(cls, config: FinetuneConfig, patch_hours: int) -> ReadoutOptions:
         """As a run is configured. A suffix prompt is a read-out by itself: see `task_states`."""
         chosen: dict[Task, Readout] = {
-            task: how for task, how in config.readout.items() if how != "hourly"
+            task: how
+            for task, how in config.readout.items()
+            if how != "hourly" and task in config.tasks
         }
         if config.tuning.strategy == "prompt" and config.tuning.position == "suffix":
             chosen |= {t: chosen.get(t, "last_valid") for t in _ONCE_A_STAY if t in config.tasks}

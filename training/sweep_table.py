@@ -33,7 +33,6 @@ METRICS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "interpretability": {m: (m,) for m in ("ci_ami", "si_ami", "silhouette")},
 }
-_SMOKE = ("Tiny networks on a few stays: the numbers mean nothing.", "")
 LOWER_IS_BETTER = ("rmse_days", "physionet_h", "physionet_h_calibrated")
 
 
@@ -196,12 +195,6 @@ def _grid(cells: Sequence[dict[str, Any]]) -> list[str]:
         ]
         lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return lines
-
-
-def _in_grid(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return "–"
-    return f"**{_shown(cell)}**" if cell["bold"] else _shown(cell)
 
 
 def _shown(of: dict[str, Any]) -> str:

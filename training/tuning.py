@@ -31,6 +31,7 @@ from training.config import (
     Tuning,
 )
 from training.data.phenotypes import PHENOTYPES
+from training.processes import n_processes
 
 # Queries and values, as in the paper of LoRA; GPT-2 has them in one projection with the keys.
 _ATTENTION = {
@@ -49,6 +50,8 @@ def with_heads(network: Network, config: FinetuneConfig) -> Network:
     no room for.
     """
     old, tuning = network.model, config.tuning
+    if old.config.ts_norm == "batch" and trains_encoder(tuning) and n_processes() > 1:
+        raise ValueError("ts_norm: batch, trained, needs the whole batch in one process")
     spec = _with_dropout(old.config.backbone, old, config.dropout)
     # A backbone trained from random weights comes as not frozen; all but one strategy freeze it.
     spec = replace(spec, frozen=tuning.strategy != "end_to_end")
@@ -78,11 +81,16 @@ def with_heads(network: Network, config: FinetuneConfig) -> Network:
 
 
 def _events(model: LLM4EHR, config: FinetuneConfig) -> Literal["none", "fused", "stream"]:
-    """How heads read events. Raises ValueError where the encoder reads them in the hours."""
+    """How heads read events. Raises ValueError where the encoder cannot be read so."""
     if config.events is not None and model.config.events == "fused":
         raise ValueError(
             f"events: {config.events}: this encoder was pre-trained with events: fused, it reads "
             "them hour by hour"
+        )
+    if config.events == "stream" and model.config.event_window is None:
+        raise ValueError(
+            "events: stream: this encoder was pre-trained without an event_window, the tokens that "
+            "a stream may look back"
         )
     return config.events or model.config.events
 

@@ -11,15 +11,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from llm4ehr.adapters import Adapter, adapter_parameters, add_adapters
+from llm4ehr.adapters import Adapter, add_adapters
 from llm4ehr.backbone import Backbone, spec_from_config
 from llm4ehr.bundle import Network, load_network, save_network
 from llm4ehr.model import ModelConfig
 
 Make = Callable[..., Network]
 Config = Callable[..., dict[str, Any]]
+
+
+def adapter_parameters(backbone: Backbone) -> list[nn.Parameter]:
+    adapters = (m for m in backbone.modules() if isinstance(m, Adapter))
+    return [parameter for adapter in adapters for parameter in adapter.parameters()]
 
 
 def stays(n: int = 20) -> tuple[Tensor, Tensor, Tensor]:

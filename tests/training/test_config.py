@@ -271,3 +271,10 @@ def test_the_event_stream_is_bounded(tmp_path: Path, model: dict[str, Any], mess
     assert message in error_of(tmp_path, body)
     fine = PRETRAIN | {"model": PRETRAIN["model"] | {"events": "stream", "event_window": 64}}
     assert load_config(PretrainConfig, write(tmp_path, fine)).model.event_window == 64
+
+
+def test_pretraining_takes_no_fraction_of_the_stays(tmp_path: Path) -> None:
+    body = PRETRAIN | {"data": PRETRAIN["data"] | {"fraction": 0.1}}
+    assert "data.fraction is for fine-tuning" in error_of(tmp_path, body)
+    few = load_config(FinetuneConfig, write(tmp_path, FINETUNE), ["data.fraction=0.1"])
+    assert few.data.fraction == 0.1

@@ -280,3 +280,10 @@ def test_random_patches_have_the_expected_size() -> None:
     v, z = torch.randn(2, 1, 40, 768)
     nce, _ = contrastive_terms(v, z, torch.ones(1, 40, dtype=torch.bool), ObjectiveConfig())
     assert nce.item() == pytest.approx(5.2, abs=0.5)
+
+
+@pytest.mark.parametrize("switch", [{"nce_scope": "episode"}, {"unusable_patches": "keep"}])
+def test_a_queue_without_use_is_refused(switch: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="queue_patches"):
+        ObjectiveConfig(queue_patches=8, **switch)
+    assert ObjectiveConfig(queue_patches=8).queue_patches == 8
