@@ -24,7 +24,8 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 def failed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     """The one line that a command fails with."""
     assert main([str(a) for a in arguments]) == 1
-    lines = capsys.readouterr().err.splitlines()
+    written = capsys.readouterr().err.splitlines()
+    lines = [line for line in written if "━" not in line]  # progress is on the same stream
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
