@@ -11,8 +11,8 @@ from typing import Any, Literal
 from llm4ehr.model import Task
 from training.config import FinetuneConfig, PretrainConfig, load_config
 from training.data.prepare import prepare
-from training.evaluate import evaluate
-from training.export import export
+from training.evaluation.evaluate import evaluate
+from training.export.run import export
 from training.finetune import finetune
 from training.pretrain import pretrain
 

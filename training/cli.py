@@ -98,7 +98,7 @@ def _chain(a: argparse.Namespace) -> None:
 def _evaluate(a: argparse.Namespace) -> None:
     from llm4ehr.model import TASKS
     from training.config import SourceConfig
-    from training.evaluate import evaluate
+    from training.evaluation.evaluate import evaluate
 
     if unknown := sorted(set(a.labels or ()) - set(TASKS)):
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
@@ -120,7 +120,7 @@ def _evaluate(a: argparse.Namespace) -> None:
 
 def _interpret(a: argparse.Namespace) -> None:
     from training.config import SourceConfig
-    from training.interpret import interpret
+    from training.evaluation.interpret import interpret
 
     source = SourceConfig(
         store=a.store, splits=tuple(a.split), split_column=a.split_column,
@@ -130,9 +130,9 @@ def _interpret(a: argparse.Namespace) -> None:
 
 
 def _sweep(a: argparse.Namespace) -> None:
-    from training.sweep import sweep
-    from training.sweep_config import load_sweep
-    from training.sweep_table import markdown
+    from training.sweep.config import load_sweep
+    from training.sweep.run import sweep
+    from training.sweep.table import markdown
 
     config = load_sweep(a.config, a.set)
     out = a.out or config.runs / ("smoke" if a.smoke else "tables") / a.config.stem
@@ -141,7 +141,7 @@ def _sweep(a: argparse.Namespace) -> None:
 
 
 def _export(a: argparse.Namespace) -> None:
-    from training.export import export
+    from training.export.run import export
 
     print(export(a.run, a.repository, a.name, a.version, a.metrics, onnx=a.onnx))
 

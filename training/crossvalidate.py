@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from training.config import FinetuneConfig
-from training.evaluate import load_scorer
+from training.evaluation.evaluate import load_scorer
 from training.evaluation.report import task_metrics
 from training.evaluation.table import hourly_table, pooled
 from training.finetune import finetune

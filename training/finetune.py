@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,9 +22,9 @@ from training.calibrate import fit_calibration, uncalibrated
 from training.checkpoint import learning_state, load_learning_state
 from training.config import FinetuneConfig
 from training.dataset import LABEL_COLUMNS, Batch, FeatureSet, batches, build_features, subsample
+from training.evaluation.held_out import write_held_out
 from training.fewshot import few_shot
 from training.heads import Targets, predict, selection_score, task_losses
-from training.held_out import write_held_out
 from training.loop import Trainer, device
 from training.processes import agreed, even, join, total
 from training.readout import ReadoutOptions, TaskModule
@@ -94,6 +95,8 @@ def finetune(config: FinetuneConfig) -> Network:
         outputs, targets = validate(config.optim.precision)
         score = selection_score(config.select_by, outputs, targets, config.tasks, config.los_scale)
         score = agreed(score, trainer.device)  # or one process might stop, and others go on
+        if math.isnan(score):  # one class alone is held out: no epoch is better than another
+            score = -math.inf
         trainer.accelerator.log({"validation_score": score}, step=trainer.step)
         history: list[float] = trainer.extra.setdefault("scores", [])
         if not history or score > max(history):

@@ -23,8 +23,8 @@ from training import metrics
 from training.calibrate import fit_calibration
 from training.config import FinetuneConfig, PretrainConfig, SourceConfig
 from training.dataset import LABEL_COLUMNS, build_features
-from training.evaluate import evaluate, load_scorer
-from training.export import export
+from training.evaluation.evaluate import evaluate, load_scorer
+from training.export.run import export
 from training.finetune import check_apart, finetune
 from training.heads import Targets, predict, selection_score, task_losses
 from training.pretrain import pretrain

@@ -17,14 +17,14 @@ from llm4ehr.offline import score_episodes
 from llm4ehr.store import EpisodeStore
 from training import chain as chain_module
 from training import metrics
-from training.card import DataSet
 from training.chain import OPEN_DATA, chain, prepare_stores
 from training.config import FinetuneConfig
 from training.crossvalidate import crossvalidate
 from training.data.phenotypes import PHENOTYPES
-from training.evaluate import evaluate, load_scorer
 from training.evaluation import table
-from training.export import export
+from training.evaluation.evaluate import evaluate, load_scorer
+from training.export.card import DataSet
+from training.export.run import export
 from training.finetune import finetune
 from training.metrics import auroc, macro
 

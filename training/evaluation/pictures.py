@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training.curves import draw_curves
+from training.evaluation.curves import draw_curves
+from training.evaluation.reliability import draw_interval_coverage, draw_reliability
 from training.evaluation.report import Table, covered, scored_rows
 from training.evaluation.scorer import Scorer
-from training.reliability import draw_interval_coverage, draw_reliability
 
 
 def draw_pictures(folder: Path, table: Table, scorer: Scorer) -> None:

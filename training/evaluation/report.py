@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training import metrics as m
-from training.curves import auprc_trapezoid
+from training.evaluation.curves import auprc_trapezoid
 from training.labels import certain
 
 Table = Mapping[str, NDArray[Any]]

@@ -13,19 +13,19 @@ import pytest
 import yaml
 
 from llm4ehr.store import EpisodeRecord, EpisodeStore, StoreWriter
-from training import evaluate as evaluate_module
 from training import run_folder
-from training import sweep as sweep_module
 from training.cli import main
 from training.config import ConfigError
-from training.evaluate import evaluate
-from training.paper.published import Published, published
-from training.sweep import sweep
-from training.sweep_config import SweepConfig, load_sweep
-from training.sweep_plan import plan
-from training.sweep_table import against, markdown, summary
+from training.evaluation import evaluate as evaluate_module
+from training.evaluation.evaluate import evaluate
+from training.sweep import run as sweep_module
+from training.sweep.config import SweepConfig, load_sweep
+from training.sweep.plan import plan
+from training.sweep.published import Published, published
+from training.sweep.run import sweep
+from training.sweep.table import against, markdown, summary
 
-PAPER = Path(__file__).parents[2] / "training" / "configs" / "paper"
+PAPER = Path(__file__).parents[3] / "training" / "configs" / "paper"
 TABLES = sorted(PAPER.glob("table*.yaml"), key=lambda path: int(path.stem.removeprefix("table")))
 
 

@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from llm4ehr.bundle import Network
 from llm4ehr.model import LLM4EHR
 from llm4ehr.prompts import key_value_shape
-from training.onnx_graphs import WEIGHTS_FILE, Graph, graphs_of
+from training.export.graphs import WEIGHTS_FILE, Graph, graphs_of
 
 # Weights from this size on lie in the weights file, each at a multiple of it, so that a runtime can
 # map them into memory. Both graphs have the same weights, which are stored once.

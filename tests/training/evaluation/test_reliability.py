@@ -9,14 +9,14 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy.stats import binomtest
 
-from training.metrics import calibration_error
-from training.reliability import (
+from training.evaluation.reliability import (
     draw_interval_coverage,
     draw_reliability,
     interval_coverage,
     reliability,
     wilson,
 )
+from training.metrics import calibration_error
 
 
 def test_score_intervals_are_those_of_scipy() -> None:

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from llm4ehr.model import Task
 from training.config import ConfigError, SourceConfig, Strict, load_config
-from training.paper.published import published
+from training.sweep.published import published
 
 Overrides = dict[str, Any]  # "key.path" -> value, as `--set` has them
 

@@ -15,18 +15,19 @@ import pytest
 from llm4ehr.bundle import load_bundle, save_bundle
 from llm4ehr.offline import TOLERANCE, score_episodes
 from llm4ehr.store import EpisodeStore
-from training import export as module
 from training.cli import main
 from training.config import FinetuneConfig
-from training.export import NotDeployableError, export, refuse_undeployable
+from training.export import run as module
+from training.export.run import NotDeployableError, export, refuse_undeployable
 from training.finetune import finetune
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from training import onnx_check, onnx_export
+from training.export import check as onnx_check
+from training.export import onnx as onnx_export
 
-DOCS = Path(__file__).parents[2] / "docs" / "export.md"
+DOCS = Path(__file__).parents[3] / "docs" / "export.md"
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,7 @@ def test_what_stands_in_the_way_is_said_before_anything_is_made(
 def test_without_the_packages_the_rest_can_be_exported(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("training.onnx_export.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("training.export.onnx.importlib.util.find_spec", lambda name: None)
     run = ["export", tuned, "--repository", tmp_path / "r", "--name", "x", "--version", 1]
     assert main([str(a) for a in run]) == 1
     message = capsys.readouterr().err

@@ -16,13 +16,13 @@ from typing import Any
 from llm4ehr.bundle import free_folder, save_bundle
 from llm4ehr.calibration import HoursKind, default_calibration
 from llm4ehr.episode import Episode
-from training.card import Provenance, model_card
 from training.config import FinetuneConfig, PromptTuning, SourceConfig
-from training.evaluate import load_scorer
+from training.evaluation.evaluate import load_scorer
 from training.evaluation.scorer import Scorer
-from training.onnx_graphs import graphs_of
+from training.export.card import Provenance, model_card
+from training.export.graphs import graphs_of
+from training.export.triton import check_layout, write_layout
 from training.sources import open_sources
-from training.triton import check_layout, write_layout
 
 # Of each store that a run names and that is still there, so many stays are put through the graphs.
 _STAYS_OF_A_STORE = 4
@@ -47,8 +47,8 @@ def export(
     `metrics_files` are those of `evaluate`; `command` is the one that made the run, for the card.
     The weights of the backbone are stored as bfloat16 where that loses nothing, which is so when a
     frozen pre-trained backbone was rounded before training. `onnx` adds the graphs of
-    `training.onnx_graphs`, checked against torch, and the layout of `training.triton`. The folder
-    appears when everything is in it.
+    `training.export.graphs`, checked against torch, and the layout of `training.export.triton`. The
+    folder appears when everything is in it.
 
     Raises BundleError if the version is there already, NotDeployableError for a run that is read
     out in a way of the paper's tables only, and with `onnx` GraphError where a graph differs from
@@ -137,11 +137,11 @@ def refuse_undeployable(config: FinetuneConfig) -> None:
 
 def _write_onnx(scorer: Scorer, sources: Sequence[SourceConfig], folder: Path) -> dict[str, Any]:
     """Write and check the graphs; returns what is to be known of them, and prints differences."""
-    from training.onnx_export import require_onnx
+    from training.export.onnx import require_onnx
 
     require_onnx()
-    from training.onnx_check import check_graphs
-    from training.onnx_export import write_graphs
+    from training.export.check import check_graphs
+    from training.export.onnx import write_graphs
 
     network = scorer.network
     graphs = write_graphs(network, folder)

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from llm4ehr.model import Task
 from training.config import FinetuneConfig, PretrainConfig, load_config
-from training.smoke import smoke_finetune, smoke_pretrain
-from training.sweep_config import Overrides, Row, SweepConfig, Target, as_settings
+from training.sweep.config import Overrides, Row, SweepConfig, Target, as_settings
+from training.sweep.smoke import smoke_finetune, smoke_pretrain
 
 C = TypeVar("C", PretrainConfig, FinetuneConfig)
 

@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.onnx_graphs import Graph
+from training.export.graphs import Graph
 
 _LABELS_FILE = "phenotypes.txt"
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "bool": "TYPE_BOOL"}

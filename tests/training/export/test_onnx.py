@@ -16,14 +16,14 @@ from llm4ehr.calibration import default_calibration
 from llm4ehr.episode import Episode
 from llm4ehr.model import LLM4EHR
 from llm4ehr.prompts import PromptSpec
-from training.onnx_graphs import WEIGHTS_FILE, graphs_of
+from training.export.graphs import WEIGHTS_FILE, graphs_of
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from training.onnx_check import GraphError, check_graphs  # noqa: E402
-from training.onnx_export import require_onnx, write_graphs  # noqa: E402
+from training.export.check import GraphError, check_graphs  # noqa: E402
+from training.export.onnx import require_onnx, write_graphs  # noqa: E402
 
 Make = Callable[..., Network]
 PREFIX = PromptSpec(position="prefix", length=5)
@@ -119,7 +119,7 @@ def test_weights_are_stored_once_and_no_paths_are(written: tuple[Network, Path])
             assert entries["location"] == WEIGHTS_FILE
             assert int(entries["offset"]) % 4096 == 0
         content = (folder / file).read_bytes()
-        for path in (str(Path(sys.prefix)), str(Path(__file__).parents[2])):
+        for path in (str(Path(sys.prefix)), str(Path(__file__).parents[3])):
             assert path.encode() not in content
 
 
@@ -189,7 +189,7 @@ def test_not_a_number_is_a_difference(
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require_onnx()
     monkeypatch.setattr(
-        "training.onnx_export.importlib.util.find_spec",
+        "training.export.onnx.importlib.util.find_spec",
         lambda name: None if name == "onnxscript" else object(),
     )
     with pytest.raises(ValueError, match=r"onnxscript not installed.*llm4ehr\[onnx\].*--no-onnx"):

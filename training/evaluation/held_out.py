@@ -1,7 +1,7 @@
 """What a fine-tuning run says of the stays that it held out: metrics, predictions, pictures.
 
 These stays chose the epoch, the calibration and the thresholds, so the figures flatter a little; a
-test split is for `training.evaluate`.
+test split is for `training.evaluation.evaluate`.
 """
 
 from __future__ import annotations

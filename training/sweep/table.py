@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from training.paper.published import Published, published
 from training.run_folder import environment
-from training.sweep_config import SweepConfig
-from training.sweep_plan import Job
+from training.sweep.config import SweepConfig
+from training.sweep.plan import Job
+from training.sweep.published import Published, published
 
 # task -> name of the metric in the paper's tables and here -> where `evaluate` reports it. LoS is
 # not clipped, and PhysioNet's H is that of the risks as the network gives them, as in the paper.

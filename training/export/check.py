@@ -18,7 +18,7 @@ from llm4ehr.bundle import Network
 from llm4ehr.calibration import Calibration
 from llm4ehr.episode import Episode, event_tokens, featurise
 from llm4ehr.offline import TOLERANCE, score_episodes
-from training.onnx_graphs import Graph, Port
+from training.export.graphs import Graph, Port
 
 Arrays: TypeAlias = dict[Any, NDArray[Any]]  # by the name of a port; tasks are such names
 # Stays and hours of the random inputs.

@@ -10,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from training.curves import auprc_trapezoid, draw_curves, precision_recall_points, roc_points
+from training.evaluation.curves import (
+    auprc_trapezoid,
+    draw_curves,
+    precision_recall_points,
+    roc_points,
+)
 
 ROWS = st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=30).filter(
     lambda rows: 0 < sum(y for y, _ in rows) < len(rows)

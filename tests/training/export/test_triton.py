@@ -12,8 +12,8 @@ import pytest
 
 from llm4ehr.bundle import Network
 from training.data.phenotypes import PHENOTYPES
-from training.onnx_graphs import Graph, graphs_of
-from training.triton import LayoutError, check_layout, write_layout
+from training.export.graphs import Graph, graphs_of
+from training.export.triton import LayoutError, check_layout, write_layout
 
 pytest.importorskip("google.protobuf")
 

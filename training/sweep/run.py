@@ -9,21 +9,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.evaluate import evaluate
+from training.evaluation.evaluate import evaluate
+from training.evaluation.interpret import interpret
 from training.finetune import finetune
-from training.interpret import interpret
 from training.pretrain import pretrain
 from training.progress import progress_bar
-from training.smoke import smoke_sweep
-from training.sweep_config import SweepConfig
-from training.sweep_plan import Job, plan
-from training.sweep_table import make_table, markdown
+from training.sweep.config import SweepConfig
+from training.sweep.plan import Job, plan
+from training.sweep.smoke import smoke_sweep
+from training.sweep.table import make_table, markdown
 
 
 def sweep(config: SweepConfig, out: Path, *, smoke: bool = False) -> dict[str, Any]:
     """Run what is not finished yet; writes table.json and table.md to `out`, returns the table.
 
-    With `smoke` everything is small, see `training.smoke`.
+    With `smoke` everything is small, see `training.sweep.smoke`.
     """
     if smoke:
         config = smoke_sweep(config)

@@ -9,7 +9,7 @@ from typing import Any
 
 from training.backbones import BACKBONES, find
 from training.config import BackboneOptions, ConfigError, FinetuneConfig, PretrainConfig
-from training.sweep_config import SweepConfig
+from training.sweep.config import SweepConfig
 
 _SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _WIDE = _SHAPE | {"intermediate_size": 32, "max_position_embeddings": 256}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_mutual_info_score, silhouette_score
 
-from training import interpret as module
 from training.cli import main
 from training.config import SourceConfig
-from training.interpret import Patches, agreement, best_k, interpret, mean_of_patches
+from training.evaluation import interpret as module
+from training.evaluation.interpret import Patches, agreement, best_k, interpret, mean_of_patches
 from training.sources import open_sources
 
 

@@ -15,7 +15,7 @@ import pytest
 from llm4ehr.calibration import Interval
 from training import metrics
 from training.config import FinetuneConfig, SourceConfig
-from training.evaluate import evaluate, load_scorer
+from training.evaluation.evaluate import evaluate, load_scorer
 from training.evaluation.facts import weights_sha256
 from training.evaluation.report import check_variance, scored_rows, task_metrics
 from training.evaluation.scorer import Scorer

@@ -1,1 +1,0 @@
-"""What the LLM4EHR paper printed, to be set beside our own numbers."""

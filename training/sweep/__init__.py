@@ -1,0 +1,1 @@
+"""Experiments: many runs planned, run once, and set beside what the LLM4EHR paper printed."""
