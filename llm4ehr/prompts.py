@@ -13,6 +13,7 @@ Shape legend: B stays, T hours, K prompt length, H hidden, L layers, G key-value
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -44,7 +45,7 @@ class PromptSpec:
             )
 
 
-class Prompt(nn.Module):
+class Prompt(nn.Module, ABC):
     """What the three have in common: a series pass with the prompt in its place.
 
     `n_positions` of the backbone go to the prompt, `shift` is added to the position of each hour.
@@ -56,6 +57,7 @@ class Prompt(nn.Module):
         self.n_positions = length
         self.shift = 0
 
+    @abstractmethod
     def forward(
         self,
         backbone: Backbone,
@@ -65,11 +67,10 @@ class Prompt(nn.Module):
         right_padded: bool = False,
     ) -> Tensor:
         """v [B, T, H] of `tokens` [B, T, H]; the rest is as the backbone takes it, [B, T] each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key_values(self, backbone: Backbone) -> KeyValues:
         """What every hour attends to before any hour. Raises ValueError for a suffix."""
-        raise NotImplementedError
 
 
 class PrefixPrompt(Prompt):
