@@ -326,8 +326,8 @@ _PRETRAIN_PRESETS: dict[str, dict[str, Any]] = {
         "modality_dropout": 0.0,
     },
 }
-# The paper's tables. Where the paper is silent (optimiser, epochs, read-out of mortality) they follow
-# the published code.
+# The paper's tables. Where the paper is silent (optimiser, epochs, read-out of mortality) they
+# follow the published code.
 _PAPER_FINETUNE: dict[str, Any] = {
     "tuning": "linear",
     "readout": {"mortality": "max", "phenotyping": "last_valid"},
