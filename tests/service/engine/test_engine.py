@@ -268,11 +268,11 @@ async def test_more_stays_than_slots(
                 assert_same_bits(scores, replica(until(stay, min(n, stay.n_hours))))
 
         def metric(name: str, **labels: str) -> float | None:
-            return registry.get_sample_value(name, labels)
+            return registry.get_sample_value(name, {"model": "", **labels})
 
         assert metric("llm4ehr_kv_evictions_total") >= 7  # the first round alone
-        assert metric("llm4ehr_engine_rows_total", kind="new") == sum(s.n_hours for s in stays)
-        assert metric("llm4ehr_engine_rows_total", kind="again") > 0
+        assert metric("llm4ehr_engine_rows_total", cause="new") == sum(s.n_hours for s in stays)
+        assert metric("llm4ehr_engine_rows_total", cause="rebuild") > 0
         assert metric("llm4ehr_kv_slots", state="used") == 2
         assert metric("llm4ehr_engine_pending_stays") == 0
 
