@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 PREFIX = "LLM4EHR_"
 
+SETTINGS_FILE = "LLM4EHR_SETTINGS_FILE"
+"""Names a file of further settings, NAME=value; what is in the environment wins."""
+
 # Names under our prefix that other parts of the project read.
-_FOREIGN = ("LLM4EHR_BACKBONES", "LLM4EHR_DATA", "LLM4EHR_TEST_")
+_FOREIGN = (SETTINGS_FILE, "LLM4EHR_BACKBONES", "LLM4EHR_DATA", "LLM4EHR_TEST_")
 
 
 class Settings(BaseSettings):
@@ -42,6 +50,24 @@ class Settings(BaseSettings):
     torch_threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of a forward pass; None leaves the choice to torch."""
 
+    read_deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """How long a read waits for the engine; a client may ask for less."""
+
+    max_waiting_writes: Annotated[int, Field(ge=1)] = 1024
+    """Most writes waiting for the log before it answers `overloaded`."""
+
+    max_in_flight_per_client: Annotated[int, Field(ge=1)] | None = None
+    """Most requests of one peer address at a time; None: no limit."""
+
+    drain_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """How long a service that was told to stop still answers while it says that it is not ready."""
+
+    drain_timeout_seconds: Annotated[int, Field(ge=1)] = 20
+    """How long running requests may take after that."""
+
+    tracing: Literal["none", "console", "otlp"] = "none"
+    """Where OpenTelemetry spans go."""
+
     max_pending: Annotated[int, Field(ge=1)] = 4096
     """Most stays waiting for the engine before it answers `overloaded`."""
 
@@ -63,6 +89,22 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
     max_items: Annotated[int, Field(ge=1)] = 5000
     """Most observations, events and withdrawals in one request, together."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment, then the file that the environment names."""
+        if not (path := os.environ.get(SETTINGS_FILE)):
+            return init_settings, env_settings
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{SETTINGS_FILE} names a file that does not exist: {path}")
+        return init_settings, env_settings, DotEnvSettingsSource(settings_cls, env_file=path)
 
     @model_validator(mode="after")
     def _refuse_unknown_variables(self) -> Self:
