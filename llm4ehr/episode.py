@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llm4ehr.hourly import BinEdge, hour_of, in_force, latest_by_cell
 from llm4ehr.variables import VARIABLE_INDEX, VARIABLES
 from llm4ehr.vocabulary import Vocabulary
 
@@ -37,6 +38,8 @@ UNIT_TYPES: tuple[UnitType, ...] = ("coronary", "cardiac_surgery", "medical", "s
 # adult values to the order of one, and a fitted constant would be one more thing to version.
 _STATIC_SCALE = {"age_years": (60.0, 20.0), "height_cm": (170.0, 12.0), "weight_kg": (80.0, 25.0)}
 STATIC_FEATURES = 2 * len(_STATIC_SCALE) + len(SEXES) + len(UNIT_TYPES)
+
+_NORMAL = np.array([v.normal for v in VARIABLES])
 
 # The recency channel halves roughly every eight hours: labs older than two days hardly differ.
 _RECENCY_HOURS = 12.0
@@ -167,78 +170,39 @@ class EventTokens:
     hours: NDArray[np.int16]  # [N] hour bin of the token
 
 
-def hour_of(
-    hours: NDArray[np.float64] | float, bin_edge: Literal["left", "right"] = "left"
-) -> NDArray[np.int64]:
-    """Hour bin of a time. The one place that decides on which side of an hour its border lies."""
-    hours = np.asarray(hours, dtype=np.float64)
-    if bin_edge == "left":
-        return np.floor(hours).astype(np.int64)
-    # Admission itself belongs to the first hour.
-    return np.where(hours == 0, 0, np.ceil(hours) - 1).astype(np.int64)
-
-
-def _latest_by_cell(
-    cell: NDArray[np.int64],
-    priority: NDArray[np.int8],
-    hours: NDArray[np.float64],
-    value: NDArray[np.float64],
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """One value a cell: best priority, then latest; equal times give their median.
-
-    Returns the cells in rising order, the time and the value of each.
-    """
-    if cell.size == 0:
-        return cell, hours, value
-    order = np.lexsort((value, hours, -priority.astype(np.int64), cell))
-    cell, priority, hours, value = cell[order], priority[order], hours[order], value[order]
-    last = np.flatnonzero(np.append(cell[1:] != cell[:-1], True))
-    new_tie = np.ones(cell.size, dtype=bool)
-    new_tie[1:] = (
-        (cell[1:] != cell[:-1]) | (priority[1:] != priority[:-1]) | (hours[1:] != hours[:-1])
-    )
-    tie_start = np.maximum.accumulate(np.where(new_tie, np.arange(cell.size), 0))[last]
-    size = last - tie_start + 1
-    median = (value[tie_start + (size - 1) // 2] + value[tie_start + size // 2]) / 2
-    return cell[last], hours[last], median
-
-
 def hourly_grid(
     episode: Episode,
     n_hours: int,
     imputation: Literal["causal", "linear"] = "causal",
-    bin_edge: Literal["left", "right"] = "left",
+    bin_edge: BinEdge = "left",
     max_hours: int = MAX_HOURS,
+    first: int = 0,
 ) -> Grid:
-    """Bin, thin and impute the observations of the first `n_hours` hours.
+    """Bin, thin and impute the observations of hours `first` to `n_hours` - 1, which are the rows.
 
-    Items before admission or after the last hour are left out.
+    Items of other hours are left out, as if they had never been.
     """
-    hour = hour_of(episode.obs_hours, bin_edge)
-    inside = (hour >= 0) & (hour < n_hours)
-    cell, hours, value = _latest_by_cell(
-        episode.obs_variable[inside].astype(np.int64) * n_hours + hour[inside],
+    n_rows = n_hours - first
+    hour = hour_of(episode.obs_hours, bin_edge) - first
+    inside = np.flatnonzero((hour >= 0) & (hour < n_rows))
+    cell, hours, value = latest_by_cell(
+        episode.obs_variable[inside].astype(np.int64) * n_rows + hour[inside],
         episode.obs_priority[inside],
         episode.obs_hours[inside],
         episode.obs_value[inside],
     )
-    raw = np.full((N_VARIABLES, n_hours), np.nan)
-    raw.flat[cell] = value
-    observed = ~np.isnan(raw)
-    steps = np.arange(n_hours)
-    last_seen = np.maximum.accumulate(np.where(observed, steps, -1), axis=1)
-    normal = np.array([v.normal for v in VARIABLES])[:, None]
-    filled = np.take_along_axis(raw, np.maximum(last_seen, 0), axis=1) if n_hours else raw
-    values = np.where(last_seen >= 0, filled, normal)
+    variable, row = np.divmod(cell, max(n_rows, 1))
+    values = in_force(row, variable, value, _NORMAL, n_rows)
+    last_row = in_force(row, variable, row, np.full(N_VARIABLES, -1), n_rows)
     if imputation == "linear":
-        variable = cell // max(n_hours, 1)
         for v in np.unique(variable):
             points = variable == v
-            minutes = (np.arange(n_hours * 60) + 0.5) / 60
+            minutes = first + (np.arange(n_rows * 60) + 0.5) / 60
             line = np.interp(minutes, hours[points], value[points])
-            values[v] = line.reshape(n_hours, 60).mean(axis=1)
-    hours_since = np.where(last_seen >= 0, steps - last_seen, max_hours).astype(np.float64)
-    return Grid(values=values.T, observed=observed.T, hours_since=hours_since.T)
+            values[:, v] = line.reshape(n_rows, 60).mean(axis=1)
+    steps = np.arange(n_rows)[:, None]
+    hours_since = np.where(last_row >= 0, steps - last_row, max_hours).astype(np.float64)
+    return Grid(values=values, observed=last_row == steps, hours_since=hours_since)
 
 
 def static_features(statics: Statics) -> NDArray[np.float32]:
@@ -253,52 +217,62 @@ def static_features(statics: Statics) -> NDArray[np.float32]:
 
 
 def _known_events(
-    episode: Episode, vocabulary: Vocabulary, n_hours: int, bin_edge: Literal["left", "right"]
+    episode: Episode, vocabulary: Vocabulary, n_hours: int, bin_edge: BinEdge, first: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Code index, hour bin, time and value of the events that the model knows."""
-    code = vocabulary.indices(episode.ev_code)
+    """Code index, hour bin, time and value of the events of those hours that the model knows."""
     hour = hour_of(episode.ev_hours, bin_edge)
-    keep = (code >= 0) & (hour >= 0) & (hour < n_hours)
-    return code[keep], hour[keep], episode.ev_hours[keep], episode.ev_value[keep]
+    inside = np.flatnonzero((hour >= first) & (hour < n_hours))
+    code = vocabulary.indices(episode.ev_code[inside].tolist())
+    inside, code = inside[code >= 0], code[code >= 0]
+    return code, hour[inside], episode.ev_hours[inside], episode.ev_value[inside]
 
 
 def event_channels(
     episode: Episode,
     vocabulary: Vocabulary,
     n_hours: int,
-    bin_edge: Literal["left", "right"] = "left",
+    bin_edge: BinEdge = "left",
+    known: NDArray[np.float32] | None = None,
+    first: int = 0,
 ) -> NDArray[np.float32]:
     """What is known of every code at every hour: last value (normalised), seen now, recency.
 
-    Returns [T, 3 C]. All three are 0 before the first event of a code.
+    Returns [T, 3 C]. All three are 0 before the first event of a code. Rows before `first` are
+    those of `known`.
     """
-    n_codes = len(vocabulary)
-    out = np.zeros((n_codes, n_hours, EVENT_CHANNELS), dtype=np.float32)
-    code, hour, hours, value = _known_events(episode, vocabulary, n_hours, bin_edge)
-    if code.size:
-        seen = np.zeros((n_codes, n_hours), dtype=bool)
-        seen[code, hour] = True
-        steps = np.arange(n_hours)
-        last_seen = np.maximum.accumulate(np.where(seen, steps, -1), axis=1)
-        recency = np.exp((last_seen - steps) / _RECENCY_HOURS)
-        out[..., 1] = seen
-        out[..., 2] = np.where(last_seen >= 0, recency, 0.0)
+    n_codes, n_rows = len(vocabulary), n_hours - first
+    out = np.empty((n_hours, n_codes, EVENT_CHANNELS), dtype=np.float32)
+    last_value = np.zeros(n_codes, dtype=np.float32)
+    last_row = np.full(n_codes, -n_hours)  # of an event, counted from `first`
+    if known is not None and first:
+        out[:first] = known[:first].reshape(first, n_codes, EVENT_CHANNELS)
+        last_value, recency = out[first - 1, :, 0], out[first - 1, :, 2]
+        # A recency is the exact trace of a whole number of hours.
+        ever = recency > 0
+        last_row[ever] = np.rint(_RECENCY_HOURS * np.log(recency[ever])) - 1
+    code, hour, hours, value = _known_events(episode, vocabulary, n_hours, bin_edge, first)
+    row = hour - first
 
-        valued = ~np.isnan(value)
-        cell, _, latest = _latest_by_cell(
-            code[valued] * n_hours + hour[valued],
-            np.zeros(int(valued.sum()), dtype=np.int8),
-            hours[valued],
-            value[valued],
-        )
-        raw = np.zeros((n_codes, n_hours))
-        raw.flat[cell] = vocabulary.normalise(cell // n_hours, latest)
-        has_value = np.zeros((n_codes, n_hours), dtype=bool)
-        has_value.flat[cell] = True
-        last_valued = np.maximum.accumulate(np.where(has_value, steps, -1), axis=1)
-        carried = np.take_along_axis(raw, np.maximum(last_valued, 0), axis=1)
-        out[..., 0] = np.where(last_valued >= 0, carried, 0.0)
-    return out.transpose(1, 0, 2).reshape(n_hours, n_codes * EVENT_CHANNELS)
+    steps = np.arange(n_rows)[:, None]
+    seen = np.full((n_rows, n_codes), -n_hours)
+    seen[:1] = last_row
+    seen[row, code] = row
+    age = steps - np.maximum.accumulate(seen, axis=0)
+    fading = np.exp(-np.arange(n_hours) / _RECENCY_HOURS)
+    out[first:, :, 1] = age == 0
+    out[first:, :, 2] = np.append(fading, 0.0)[np.minimum(age, n_hours)]
+
+    valued = np.flatnonzero(~np.isnan(value))
+    cell, _, latest = latest_by_cell(
+        code[valued] * n_rows + row[valued],
+        np.zeros(valued.size, dtype=np.int8),
+        hours[valued],
+        value[valued],
+    )
+    valued_code, valued_row = np.divmod(cell, max(n_rows, 1))
+    normalised = vocabulary.normalise(valued_code, latest).astype(np.float32)
+    out[first:, :, 0] = in_force(valued_row, valued_code, normalised, last_value, n_rows)
+    return out.reshape(n_hours, n_codes * EVENT_CHANNELS)
 
 
 def event_tokens(
@@ -327,29 +301,102 @@ def event_tokens(
 
 
 def featurise(
-    episode: Episode, vocabulary: Vocabulary, preprocessing: Preprocessing, n_hours: int
+    episode: Episode,
+    vocabulary: Vocabulary,
+    preprocessing: Preprocessing,
+    n_hours: int,
+    known: Features | None = None,
+    first: int = 0,
 ) -> Features:
     """Model input for hours 0..n_hours-1 (at most `preprocessing.max_hours`).
 
     With causal imputation row t depends on nothing after hour t, so features of a longer prefix
-    begin with those of a shorter one, bit for bit.
+    begin with those of a shorter one, bit for bit. `known` are features of an episode with the
+    same static facts and the same items before hour `first` (see `first_difference`): their rows
+    before it are taken over and only the rest is computed, to the same bits as without them.
+
+    Raises ValueError if `known` has fewer than `first` rows, or the imputation is not causal.
     """
     n_hours = min(n_hours, preprocessing.max_hours)
+    first = min(first, n_hours)
+    if first and (known is None or len(known.series) < first or not preprocessing.causal):
+        raise ValueError("hours can only be taken over from causal features that have them")
     grid = hourly_grid(
-        episode, n_hours, preprocessing.imputation, preprocessing.bin_edge, preprocessing.max_hours
-    )
+        episode, n_hours, preprocessing.imputation, preprocessing.bin_edge,
+        preprocessing.max_hours, first,
+    )  # fmt: skip
     scaled = (grid.values - np.array(preprocessing.mean)) / np.array(preprocessing.std)
-    parts = [np.clip(scaled, -preprocessing.clip, preprocessing.clip)]
+    scaled = np.clip(scaled, -preprocessing.clip, preprocessing.clip)
+    hours_since, observed = grid.hours_since, grid.observed
+    series = np.empty((n_hours, preprocessing.n_series), dtype=np.float32)
+    if known is not None and first:
+        series[:first] = known.series[:first]
+        observed = np.concatenate([known.observed[:first], grid.observed])
+        # Where nothing was observed from `first` on, what was known before it still holds.
+        unseen = hours_since == preprocessing.max_hours
+        scaled = np.where(unseen, series[first - 1, :N_VARIABLES], scaled)
+        ever = observed[:first].any(axis=0)
+        last = first - 1 - np.argmax(observed[first - 1 :: -1], axis=0)
+        since = np.arange(first, n_hours)[:, None] - last
+        hours_since = np.where(unseen & ever, since, hours_since)
+    rows = series[first:]
+    rows[:, :N_VARIABLES] = scaled
     if preprocessing.observed_inputs:
-        age = np.log1p(grid.hours_since) / np.log1p(preprocessing.max_hours)
-        parts += [grid.observed.astype(np.float64), age]
+        rows[:, N_VARIABLES : 2 * N_VARIABLES] = grid.observed
+        age = np.log1p(hours_since) / np.log1p(preprocessing.max_hours)
+        rows[:, 2 * N_VARIABLES : 3 * N_VARIABLES] = age
     if preprocessing.static_inputs:
-        parts.append(np.tile(static_features(episode.statics), (n_hours, 1)))
-    return Features(
-        series=np.concatenate(parts, axis=1).astype(np.float32),
-        events=event_channels(episode, vocabulary, n_hours, preprocessing.bin_edge),
-        observed=grid.observed,
+        rows[:, -STATIC_FEATURES:] = static_features(episode.statics)
+    events = event_channels(
+        episode, vocabulary, n_hours, preprocessing.bin_edge,
+        None if known is None else known.events, first,
+    )  # fmt: skip
+    return Features(series=series, events=events, observed=observed)
+
+
+def first_difference(old: Episode, new: Episode, preprocessing: Preprocessing) -> int:
+    """First hour in which the features of two episodes may differ; `max_hours` if there is none.
+
+    Found by comparing items place by place, so it comes late only if both hold them in the same
+    order, as by time. It is never too late an hour, and it knows nothing of `event_tokens`, of
+    which a later event can take an earlier one out.
+    """
+    if old.statics != new.statics:
+        return 0
+    observation = _first_difference(
+        (old.obs_hours, new.obs_hours),
+        (old.obs_value, new.obs_value),
+        (old.obs_variable, new.obs_variable),
+        (old.obs_priority, new.obs_priority),
     )
+    event = _first_difference(
+        (old.ev_hours, new.ev_hours), (old.ev_value, new.ev_value), (old.ev_code, new.ev_code)
+    )
+    if observation is not None and not preprocessing.causal:
+        return 0
+    earliest = min(observation, event, key=lambda hours: np.inf if hours is None else hours)
+    if earliest is None:
+        return preprocessing.max_hours
+    hour = int(hour_of(earliest, preprocessing.bin_edge))
+    return min(max(hour, 0), preprocessing.max_hours)
+
+
+def _first_difference(
+    hours: tuple[NDArray[np.float64], NDArray[np.float64]],
+    *others: tuple[NDArray[Any], NDArray[Any]],
+) -> float | None:
+    """Earliest time among the items from the first place on where two lists differ, or None."""
+    n = min(len(hours[0]), len(hours[1]))
+    for old, new in (hours, *others):
+        old, new = old[:n], new[:n]
+        # Bits are compared, not numbers: NaN is a value like others here, and 0 is not -0.
+        if old.dtype == np.float64:
+            old, new = old.view(np.int64), new.view(np.int64)
+        differs = old != new
+        if differs.any():
+            n = int(np.argmax(differs))
+    rest = np.concatenate([hours[0][n:], hours[1][n:]])
+    return float(rest.min()) if rest.size else None
 
 
 def empty_episode(episode_id: str, n_hours: int = 0, statics: Statics | None = None) -> Episode:

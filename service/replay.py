@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from llm4ehr.episode import Episode, hour_of
+from llm4ehr.episode import Episode
+from llm4ehr.hourly import hour_of
 from llm4ehr.store import EpisodeStore
 from llm4ehr.variables import VARIABLES
 

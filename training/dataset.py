@@ -31,9 +31,9 @@ from llm4ehr.episode import (
     event_channels,
     event_tokens,
     featurise,
-    hour_of,
     preprocessing_digest,
 )
+from llm4ehr.hourly import hour_of
 from llm4ehr.model import TASKS, Task
 from llm4ehr.store import EpisodeRecord
 from llm4ehr.variables import VARIABLES

@@ -23,11 +23,11 @@ from llm4ehr.episode import (
     event_channels,
     event_tokens,
     featurise,
-    hour_of,
     hourly_grid,
     preprocessing_digest,
     static_features,
 )
+from llm4ehr.hourly import hour_of
 from llm4ehr.variables import VARIABLE_INDEX, VARIABLES
 from llm4ehr.vocabulary import Vocabulary
 

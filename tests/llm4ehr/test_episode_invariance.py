@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm4ehr.episode import Features, hour_of
+from llm4ehr.episode import Features
+from llm4ehr.hourly import hour_of
 
 # Times on a coarse raster and few values, so that ties, borders and repeats are common.
 times = st.integers(-4, 40).map(lambda quarter: quarter / 4)

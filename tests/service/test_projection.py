@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm4ehr.episode import Statics, hour_of
+from llm4ehr.episode import Statics
+from llm4ehr.hourly import hour_of
 from llm4ehr.vocabulary import CodeEntry, Vocabulary
 from service.core import (
     Draft,
