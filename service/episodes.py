@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from service import decisions
+from service import decisions, timing
 from service.core import Draft, Engine, EpisodeView, entries_as_of, episode_at
 from service.decisions import (
     Admission,
@@ -38,6 +38,10 @@ class SeqNotReached(Exception):
     """The log does not hold that many entries of the episode."""
 
 
+class TooManyWrites(Exception):
+    """As many writes as may be are under way. Nothing was recorded; ask again later."""
+
+
 class EpisodeService:
     """Reads and writes episodes. Runs on one event loop; what it acknowledges is in the log."""
 
@@ -62,6 +66,7 @@ class EpisodeService:
         self._cache = StateCache(settings.cached_entries)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._writes: set[asyncio.Task[Any]] = set()
+        self._max_writes = settings.max_waiting_writes
         self.live = LiveScores(engine=engine, settings=settings, load=self._load, log=log)
 
     def start(self) -> None:
@@ -166,7 +171,9 @@ class EpisodeService:
         return state
 
     async def _write(self, episode_id: str, decide: _Decide[_T]) -> tuple[EpisodeState, _T]:
-        """Carry a decision out, to its end even if the caller goes away."""
+        """Carry a decision out, to its end even if the caller goes away. Raises TooManyWrites."""
+        if len(self._writes) >= self._max_writes:
+            raise TooManyWrites
         task = asyncio.create_task(self._decide_and_append(episode_id, decide))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
@@ -180,7 +187,8 @@ class EpisodeService:
             for _ in range(_MAX_CONFLICTS):
                 state = await self._load(episode_id)
                 now = self._clock()
-                drafts, outcome = decide(state, now)
+                with timing.measured("judge"):
+                    drafts, outcome = decide(state, now)
                 if not drafts:
                     assert state is not None
                     return state, outcome

@@ -11,11 +11,14 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from llm4ehr import __version__
+from service import timing
 from service.api import embeddings, episodes, observations, oip, openapi, problems, risk
 from service.api.deps import Context
+from service.api.limits import LimitClients
 from service.api.metrics import Metrics, Observe
 from service.core import Engine
 from service.episodes import EpisodeService
+from service.lifecycle import Lifecycle
 from service.log.base import EventLog
 from service.settings import Settings
 from service.units import EventVocabulary
@@ -43,6 +46,8 @@ class Dependencies:
     clock: Callable[[], datetime] = _utc_now
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     """Where the instruments are registered; the engine may share it."""
+    retry_after_s: Callable[[], int] = lambda: 1
+    """Seconds after which the engine may have worked off what waits now."""
 
 
 def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
@@ -53,13 +58,19 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     if not deps.engine.bundle.causal:
         raise ValueError("the bundle is not causal: it cannot score a stay as it happens")
     metrics = Metrics(deps.registry, deps.engine.bundle)
+    lifecycle = Lifecycle()
+
+    def committed(seconds: float) -> None:
+        metrics.commit_seconds.observe(seconds)
+        timing.add("log", seconds)
+
     service = EpisodeService(
         log=deps.log,
         engine=deps.engine,
         vocabulary=deps.vocabulary,
         settings=settings,
         clock=deps.clock,
-        on_commit=metrics.commit_seconds.observe,
+        on_commit=committed,
     )
 
     @asynccontextmanager
@@ -85,12 +96,16 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         log=deps.log,
         metrics=metrics,
         clock=deps.clock,
+        lifecycle=lifecycle,
+        retry_after_s=deps.retry_after_s,
     )
     routers = [module.router for module in (observations, risk, embeddings, episodes, oip)]
     for router in routers:
         app.include_router(router)
     app.add_api_route("/metrics", metrics.render, include_in_schema=False)
-    app.add_middleware(Observe, metrics=metrics)
-    problems.install(app)
+    if (limit := settings.max_in_flight_per_client) is not None:
+        app.add_middleware(LimitClients, limit=limit, metrics=metrics)
+    app.add_middleware(Observe, metrics=metrics, lifecycle=lifecycle)
+    problems.install(app, metrics.refused)
     openapi.install(app, routers)
     return app

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from service.api.problems import Problem, invalid
+from service.timing import measured
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -30,7 +31,8 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         if len(body) > max_bytes:
             raise too_large
     try:
-        return from_json(bytes(body), allow_inf_nan=True, cache_strings="keys")
+        with measured("parse"):
+            return from_json(bytes(body), allow_inf_nan=True, cache_strings="keys")
     except (ValueError, RecursionError) as error:
         # The parser's message may quote the body.
         raise Problem("malformed-json") from error
@@ -39,7 +41,8 @@ async def read_json(request: Request, max_bytes: int) -> Any:
 def validate(model: type[_M], body: Any) -> _M:
     """Read a parsed body into a model. Raises Problem."""
     try:
-        return model.model_validate(body)
+        with measured("parse"):
+            return model.model_validate(body)
     except ValidationError as error:
         raise invalid(error.errors(include_url=False, include_context=False)) from error
 

@@ -12,6 +12,7 @@ from fastapi import Depends, Path, Request
 from service.api.metrics import Metrics
 from service.core import Engine
 from service.episodes import EpisodeService
+from service.lifecycle import Lifecycle
 from service.log.base import EventLog
 from service.settings import Settings
 
@@ -26,6 +27,9 @@ class Context:
     log: EventLog
     metrics: Metrics
     clock: Callable[[], datetime]
+    lifecycle: Lifecycle
+    retry_after_s: Callable[[], int]
+    """Seconds after which the engine may have worked off what waits now."""
 
 
 async def _context(request: Request) -> Context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from service.answers import Selection, WithheldReason, data_age_hours, select_ho
 from service.api.deps import Context
 from service.api.problems import Problem, documented
 from service.api.schemas import HoursQuery
+from service.api.waiting import bounded, preferred_wait
 from service.core import BundleInfo, EpisodeView, HourStatus, Scores, hour_status
 from service.times import format_time
+from service.timing import measured
 
 _PRIVATE = "private, no-store"
 
@@ -35,6 +38,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "model-fault",
         "log-unavailable",
         "overloaded",
+        "deadline-exceeded",
         "engine-unavailable",
     ),
 }
@@ -71,20 +75,26 @@ async def answer(
     """The selected hours, each with what `score_of` reads off the scores (None: withheld).
 
     The entity tag is known before the model is asked, so a poll that finds nothing new costs
-    nothing.
+    nothing. Raises Problem, ClientGone.
     """
     selection = _selection(query)
     resource = request.url.path.rpartition("/")[2]
+    wait, preference = _patience(context, request)
+    until = asyncio.get_running_loop().time() + wait
     while True:
         view = await context.service.view(episode_id, query.as_of, query.min_seq)
         plan = _plan(context, view, selection, query.as_of, resource)
-        headers = {"ETag": plan.etag, "Cache-Control": _PRIVATE}
+        headers = {"ETag": plan.etag, "Cache-Control": _PRIVATE, **preference}
         if _matches(request.headers.get("if-none-match"), plan.etag):
             return Response(status_code=304, headers=headers)
         if plan.n_hours == 0:
             scores = None
             break
-        scored = await context.service.scores(view, plan.n_hours, exact=query.as_of is not None)
+        with measured("engine"):
+            async with bounded(request, until, context.retry_after_s):
+                scored = await context.service.scores(
+                    view, plan.n_hours, exact=query.as_of is not None
+                )
         scores = scored.scores
         if scored.view.seq != view.seq:
             # Written to meanwhile: answer from the newer entries, if their scores reach.
@@ -113,6 +123,15 @@ def reason(value: WithheldReason | None) -> dict[str, str] | None:
 
 def time_or_none(instant: datetime | None) -> str | None:
     return None if instant is None else format_time(instant)
+
+
+def _patience(context: Context, request: Request) -> tuple[float, dict[str, str]]:
+    """Seconds to wait for the engine, and the header that says so if the client chose them."""
+    longest = context.settings.read_deadline_seconds
+    preferred = preferred_wait(request)
+    if preferred is None or preferred > longest:
+        return longest, {}
+    return preferred, {"Preference-Applied": f"wait={preferred}"}
 
 
 def _selection(query: HoursQuery) -> Selection:

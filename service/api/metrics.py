@@ -12,9 +12,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm4ehr import __version__
-from service.api.problems import Problem
+from service.api.problems import KEEPS_LOAD_OFF, PROBLEMS, Problem
 from service.core import BundleInfo
 from service.ingest import ItemResult
+from service.lifecycle import Lifecycle
+from service.timing import begin
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +54,21 @@ class Metrics:
             buckets=_BUCKETS,
             registry=registry,
         )
+        self.published_seconds = Histogram(
+            "llm4ehr_score_published_seconds",
+            "Time from a write that was committed until the scores of its view can be read",
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._refusals = Counter(
+            "llm4ehr_refusals",
+            "Requests not served to keep load off, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        for name, (status, _) in PROBLEMS.items():
+            if status in KEEPS_LOAD_OFF:
+                self._refusals.labels(name)
         Gauge(
             "llm4ehr_build_info",
             "Version of the service and of the model it serves",
@@ -65,6 +82,10 @@ class Metrics:
         if result.error is not None:
             self.rejections.labels(result.error.type).inc()
 
+    def refused(self, reason: str) -> None:
+        """Count a request that was not served; `reason` is the name of its problem."""
+        self._refusals.labels(reason).inc()
+
     async def render(self) -> Response:
         """All instruments in the Prometheus text format."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
@@ -73,13 +94,17 @@ class Metrics:
 class Observe:
     """ASGI middleware: times every request, and turns a crash into an answer without its text.
 
+    Answers say where their time went. While the service drains they also end their connection, so
+    that none is left to be closed under a request that is on its way.
+
     Starlette's own handler would re-raise, and the server would log the exception with whatever
     value its message quotes.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, lifecycle: Lifecycle) -> None:
         self._app = app
         self._metrics = metrics
+        self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,11 +112,16 @@ class Observe:
             return
         status = 0
         started = time.perf_counter()
+        timing = begin()
 
         async def watch(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                more = [(b"server-timing", timing.header())]
+                if self._lifecycle.draining:
+                    more.append((b"connection", b"close"))
+                message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
 
         try:

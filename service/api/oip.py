@@ -54,7 +54,9 @@ async def live(context: ContextDep) -> Response:
     responses=_NOT_READY,
 )
 async def ready(context: ContextDep) -> Response:
-    """The model is loaded and the log can be written."""
+    """The model is loaded, the log can be written, and the service is not about to stop."""
+    if context.lifecycle.draining:
+        return _error(503, "draining")
     if not context.log.available():
         return _error(503, "the log is unavailable")
     if not context.engine.ready():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -17,7 +17,7 @@ from service.answers import HourError
 from service.api.schemas import ItemResultOut
 from service.core import EngineStopped, ModelFault, Overloaded
 from service.decisions import DeletedEpisode, NothingAccepted, Refused, UnknownEpisode
-from service.episodes import SeqNotReached
+from service.episodes import SeqNotReached, TooManyWrites
 from service.log.base import LogUnavailable
 
 MEDIA_TYPE = "application/problem+json"
@@ -39,14 +39,24 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "all-items-rejected": (422, "Every item was refused; nothing was recorded"),
     "hour-out-of-range": (422, "The episode has no such hour"),
     "hour-in-the-future": (422, "The hour has not begun"),
+    "too-many-requests": (429, "Too many requests at a time"),
     "internal-error": (500, "The service failed"),
     "model-fault": (500, "The model gave no valid score for this episode"),
     "log-unavailable": (503, "The log is unavailable; nothing was recorded"),
+    "log-busy": (503, "Too many writes wait for the log; nothing was recorded"),
     "overloaded": (503, "The engine is overloaded"),
+    "deadline-exceeded": (503, "The scores were not ready in time"),
     "engine-unavailable": (503, "The engine is not running"),
 }
 
+KEEPS_LOAD_OFF = (429, 503)
+"""Statuses that ask the client to come back later."""
+
+CLIENT_GONE = 499
+"""Status of an answer that nobody reads, as in the metrics; never sent."""
+
 LOG_RETRY_AFTER_S = 5
+BUSY_RETRY_AFTER_S = 1
 ENGINE_RETRY_AFTER_S = 10
 
 
@@ -77,6 +87,10 @@ class Problem(Exception):
         return JSONResponse(body, status, headers, media_type=MEDIA_TYPE)
 
 
+class ClientGone(Exception):
+    """The client closed its connection before the answer: nobody is left to read one."""
+
+
 def as_problem(error: Exception) -> Problem:
     """The one table from errors to problems."""
     match error:
@@ -96,6 +110,8 @@ def as_problem(error: Exception) -> Problem:
         case NothingAccepted():
             items = [ItemResultOut.of(result, None) for result in error.results]
             return Problem("all-items-rejected", extra={"items": items})
+        case TooManyWrites():
+            return Problem("log-busy", headers={"Retry-After": str(BUSY_RETRY_AFTER_S)})
         case LogUnavailable():
             return Problem("log-unavailable", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
         case Overloaded():
@@ -123,11 +139,20 @@ def invalid(errors: list[ErrorDetails], *, where: str = "") -> Problem:
     return Problem("invalid-request", "see `errors`", extra={"errors": items})
 
 
-def install(app: FastAPI) -> None:
-    """Answer every foreseen error as a problem. The unforeseen ones are the middleware's."""
+def install(app: FastAPI, refused: Callable[[str], None]) -> None:
+    """Answer every foreseen error as a problem. The unforeseen ones are the middleware's.
+
+    `refused` hears the name of every problem by which the service keeps load off.
+    """
 
     async def handle(request: Request, error: Exception) -> Response:
-        return as_problem(error).response(request.url.path)
+        problem = as_problem(error)
+        if PROBLEMS[problem.name][0] in KEEPS_LOAD_OFF:
+            refused(problem.name)
+        return problem.response(request.url.path)
+
+    async def nobody_reads(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
 
     for kind in (
         Problem,
@@ -138,6 +163,7 @@ def install(app: FastAPI) -> None:
         Refused,
         NothingAccepted,
         LogUnavailable,
+        TooManyWrites,
         Overloaded,
         EngineStopped,
         ModelFault,
@@ -145,6 +171,7 @@ def install(app: FastAPI) -> None:
         HTTPException,
     ):
         app.add_exception_handler(kind, handle)
+    app.add_exception_handler(ClientGone, nobody_reads)
 
 
 def documented(*names: str) -> dict[int | str, dict[str, Any]]:
