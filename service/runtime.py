@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import torch
@@ -13,7 +13,9 @@ from prometheus_client import CollectorRegistry
 
 from llm4ehr.bundle import Bundle, load_bundle
 from service.api.app import Dependencies, create_app
-from service.engine.backends.torch_cpu import TorchCpuBackend, slots_for
+from service.engine.backends.shapes import slots_for
+from service.engine.backends.torch_cpu import TorchCpuBackend
+from service.engine.backends.verify import agreeing_sizes
 from service.engine.engine import OnlineEngine
 from service.engine.metrics import EngineMetrics
 from service.log.sqlite import SqliteLog
@@ -26,8 +28,12 @@ def open_bundle(settings: Settings) -> Bundle:
     return load_bundle(settings.model_repository, name, int(version))
 
 
-def build_app(settings: Settings) -> FastAPI:
+def build_app(
+    settings: Settings, on_fatal: Callable[[BaseException], None] = lambda error: None
+) -> FastAPI:
     """The whole service. Its engine starts and stops with the application's lifespan.
+
+    `on_fatal` is called, on any thread, when only a new process can help.
 
     Raises BundleError, RowDependenceError, LogUnavailable.
     """
@@ -40,7 +46,7 @@ def build_app(settings: Settings) -> FastAPI:
         max_rows=settings.engine_rows,
     )
     # Also warms up: the first forward passes allocate and choose kernels.
-    backend.verify_rows()
+    backend.tick_sizes = agreeing_sizes(backend, bundle.network, settings.engine_rows)
     registry = CollectorRegistry()
     engine = OnlineEngine(
         bundle, backend, EngineMetrics(registry), max_pending=settings.max_pending

@@ -5,8 +5,8 @@ A slot holds keys and values of one episode, position = hour:
     slot s:  |0 ......... p-1| p |p+1 ........... 199|
               written before  now  stale or never written: not read
 
-A prompt, where there is one, lies before the hours of every slot and is written once: position =
-length of the prompt + hour.
+What every episode begins with (a prompt, a begin token) lies before the hours of every slot and is
+written once: position = its length + hour.
 
 A row at position p of slot s writes K and V at p and then attends to [0, p], nothing else. All rows
 of a tick write before any row attends, layer by layer, so rows of one episode at consecutive hours
@@ -16,6 +16,7 @@ other rows can neither widen its sums nor change their order.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,23 +26,26 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from service.engine.backends.slot_kernel import SlotKernel
+
 ATTENTION = "llm4ehr_slots"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SlotRows:
-    """What the attention of one layer needs: the pool of that layer and the rows of this tick."""
+    """What the attention of one layer gets in the place of keys or values."""
 
-    pool: Tensor  # [slots, kv heads, positions, D]
-    slots: list[int]
-    lengths: list[int]
+    cache: SlotCache
+    layer: int
+    new: Tensor  # [R, kv heads, 1, D], of the rows of this tick
 
 
 class SlotCache(Cache):
-    """One K and one V tensor a layer, [slots + 1, kv heads, positions, D]; the last slot is scrap.
+    """One K and one V tensor a layer, [slots, kv heads, positions, D].
 
-    Rows that only fill up the tick write to it. `begin_tick` says where the rows belong. `prompt`
-    are keys and values [kv heads, K, D] of each layer; the positions are `hours` more than K.
+    `begin_tick` says where the rows belong. `first` are keys and values [kv heads, K, D] of each
+    layer that every slot begins with; the positions are `hours` more than K. With a `library` the
+    compiled kernel attends, without one the attention of torch does.
     """
 
     def __init__(
@@ -51,47 +55,70 @@ class SlotCache(Cache):
         n_kv_heads: int,
         hours: int,
         head_dim: int,
-        prompt: Sequence[tuple[Tensor, Tensor]] = (),
+        first: Sequence[tuple[Tensor, Tensor]] = (),
+        library: ctypes.CDLL | None = None,
     ) -> None:
         super().__init__(layers=[])
-        self._first = prompt[0][0].shape[1] if prompt else 0
-        shape = (n_slots + 1, n_kv_heads, self._first + hours, head_dim)
+        self.n_slots = n_slots
+        self.n_first = first[0][0].shape[1] if first else 0
+        shape = (n_slots, n_kv_heads, self.n_first + hours, head_dim)
         self.keys = [torch.zeros(shape) for _ in range(n_layers)]
         self.values = [torch.zeros(shape) for _ in range(n_layers)]
-        for layer, (keys, values) in enumerate(prompt):
-            self.keys[layer][:, :, : self._first] = keys
-            self.values[layer][:, :, : self._first] = values
-        self.scrap = n_slots
-        self._slot = torch.zeros(0, dtype=torch.long)
-        self._position = torch.zeros(0, dtype=torch.long)
+        for layer, (keys, values) in enumerate(first):
+            self.keys[layer][:, :, : self.n_first] = keys
+            self.values[layer][:, :, : self.n_first] = values
+        self._kernel = (
+            SlotKernel(library, self.keys, self.values, torch.get_num_threads())
+            if library
+            else None
+        )
         self._slots: list[int] = []
         self._lengths: list[int] = []
 
-    def begin_tick(self, slots: list[int], hours: list[int], n_rows: int) -> Tensor:
+    def begin_tick(self, slots: Sequence[int], hours: Sequence[int], n_rows: int) -> Tensor:
         """Set the rows of the next forward, filled up to `n_rows`; returns hours [n_rows, 1]."""
-        fill = n_rows - len(slots)
-        self._slots = slots
-        self._lengths = [self._first + hour + 1 for hour in hours]
-        self._slot = torch.tensor(slots + [self.scrap] * fill)
-        hour = torch.tensor(hours + [0] * fill)
-        self._position = self._first + hour
-        return hour[:, None]
+        self._slots = list(slots)
+        self._lengths = [self.n_first + hour + 1 for hour in hours]
+        if self._kernel is not None:
+            self._kernel.begin(self._slots, self._lengths, n_rows)
+        return torch.tensor([*hours] + [0] * (n_rows - len(hours)))[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Write the new keys and values [R, kv heads, 1, D]; hand the pools to the attention."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self._slot, :, self._position] = key_states[:, :, 0]
-        values[self._slot, :, self._position] = value_states[:, :, 0]
-        return (
-            SlotRows(keys, self._slots, self._lengths),
-            SlotRows(values, self._slots, self._lengths),
-        )
+        """Hand the new keys and values [R, kv heads, 1, D] to the attention, which keeps them."""
+        return SlotRows(self, layer_idx, key_states), SlotRows(self, layer_idx, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Always 0: rows carry their own positions."""
         return 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Keep `key` and `value` [R, kv heads, D], then attend: `query` [R, heads, D] -> the same.
+
+        Rows that fill up the tick are neither kept nor computed: zeros.
+        """
+        if self._kernel is not None:
+            return self._kernel(layer, query, key, value, scale)
+        return self._attend_by_torch(layer, query, key, value, scale)
+
+    def _attend_by_torch(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        keys, values, n = self.keys[layer], self.values[layer], len(self._slots)
+        slot, position = torch.tensor(self._slots), torch.tensor(self._lengths) - 1
+        keys[slot, :, position] = key[:n]
+        values[slot, :, position] = value[:n]
+        out = torch.zeros(query.shape)
+        for row, (s, length) in enumerate(zip(self._slots, self._lengths, strict=True)):
+            out[row] = nn.functional.scaled_dot_product_attention(
+                query[row, None, :, None],
+                keys[s : s + 1, :, :length],
+                values[s : s + 1, :, :length],
+                scale=scale,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )[0, :, 0]
+        return out
 
 
 def slot_attention(
@@ -104,17 +131,9 @@ def slot_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of rows [R, heads, 1, D], each over its own prefix. Returns [R, 1, heads, D]."""
-    out = torch.zeros_like(query)
-    grouped = key.pool.shape[1] != query.shape[1]
-    for row, (slot, length) in enumerate(zip(key.slots, key.lengths, strict=True)):
-        out[row] = nn.functional.scaled_dot_product_attention(
-            query[row : row + 1],
-            key.pool[slot : slot + 1, :, :length],
-            value.pool[slot : slot + 1, :, :length],
-            scale=scaling,
-            enable_gqa=grouped,
-        )[0]
-    return out.transpose(1, 2).contiguous(), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = key.cache.attend(key.layer, query[:, :, 0], key.new[:, :, 0], value.new[:, :, 0], scale)
+    return out[:, None], None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

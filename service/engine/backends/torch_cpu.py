@@ -1,47 +1,56 @@
-"""Ticks in plain PyTorch on the CPU."""
+"""Ticks in PyTorch on the CPU."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from llm4ehr.bundle import Network
-from llm4ehr.prompts import key_value_shape
-from service.engine.backends.base import TickResult
+from llm4ehr.model import ModelConfig
+from service.engine.backends.base import DeviceFault, OutOfMemory, TickResult
+from service.engine.backends.shapes import before_hours, before_tokens, kv_shape, token_positions
 from service.engine.backends.slot_attention import ATTENTION, SlotCache
-
-
-class RowDependenceError(RuntimeError):
-    """On this machine the result of a row depends on the rows beside it."""
+from service.engine.backends.slot_kernel import slot_library
 
 
 class TorchCpuBackend:
-    """Every tick has the same number of rows, real ones first, so that the maths library always
-    sees the same shapes: many of its kernels round differently for a few rows than for many.
+    """Every tick has one of a few numbers of rows, real ones first, so that the maths library sees
+    the same shapes again and again: many of its kernels round differently for a few rows than for
+    many. `tick_sizes` is the largest alone until `agreeing_sizes` has said which others agree.
     """
+
+    name = "torch-cpu"
+    chained = True
 
     def __init__(self, network: Network, *, n_slots: int, max_rows: int) -> None:
         if reason := network.not_online:
             raise ValueError(reason)
+        self._network = network
+        self.n_slots = n_slots
+        self.tick_sizes: tuple[int, ...] = (max_rows,)
+        self._library = slot_library()
         # A copy: the attention implementation is a property of the backbone's config.
         self._model = copy.deepcopy(network.model).eval()
-        prompt = self._model.prompt
-        with torch.no_grad():
-            before = prompt.key_values(self._model.backbone) if prompt else ()
+        self._before = before_hours(self._model), before_tokens(self._model)
         self._model.backbone.model.set_attn_implementation(ATTENTION)
-        self.n_slots = n_slots
-        self.max_rows = max_rows
-        self._cache = SlotCache(
-            **kv_shape(network),
-            n_slots=n_slots,
-            hours=network.preprocessing.max_hours,
-            prompt=before,
-        )
+        self._caches: list[SlotCache] = []
+        self._allocate()
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the network."""
+        return self._network.model.config
+
+    @property
+    def kernel(self) -> str:
+        """Which attention serves: "compiled" or "reference"."""
+        return "reference" if self._library is None else "compiled"
 
     @torch.inference_mode()
     def tick(
@@ -49,59 +58,92 @@ class TorchCpuBackend:
         series: NDArray[np.float32],
         events: NDArray[np.float32],
         slots: Sequence[int],
-        positions: Sequence[int],
+        hours: Sequence[int],
+        latest: NDArray[np.float32] | None = None,
     ) -> TickResult:
-        """See `Backend.tick`."""
-        n = len(series)
-        hours = self._cache.begin_tick(list(slots), list(positions), self.max_rows)
-        v = self._model.encode_hours(
-            self._filled(series), self._filled(events), None, hours, self._cache
-        )
-        outputs = self._model.predict(v)
+        """See `Backend.tick`. Raises ValueError for rows outside the slots."""
+        n, size = len(series), self._size(len(series))
+        with _memory():
+            cache = self._caches[0]
+            at = cache.begin_tick(slots, hours, size)
+            states = self._model.encode_hours(
+                _filled(series, size), _filled(events, size), None, at, cache
+            )
+            if self.config.events == "stream":
+                if latest is None:
+                    raise ValueError("heads read the latest token beside the hour: give `latest`")
+                states = torch.cat([states, _filled(latest, size)], dim=-1)
+            outputs = self._model.predict(states)
         return TickResult(
             raw={task: out[:n, 0].numpy().copy() for task, out in outputs.items()},
-            hidden=v[:n, 0].numpy().copy(),
+            hidden=states[:n, 0].numpy().copy(),
         )
 
-    def verify_rows(self) -> None:
-        """Check on this very machine that a row does not depend on its neighbours, place or slot.
+    @torch.inference_mode()
+    def tick_tokens(
+        self, ids: NDArray[np.int64], slots: Sequence[int], positions: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """See `Backend.tick_tokens`. Raises ValueError for a network without an event pass."""
+        if self.config.events != "stream":
+            raise ValueError("this network reads no second stream of events")
+        n, size = len(ids), self._size(len(ids))
+        with _memory():
+            cache = self._caches[1]
+            at = cache.begin_tick(slots, positions, size) + cache.n_first
+            filled = torch.zeros(size, 1, dtype=torch.long)
+            filled[:n, 0] = torch.from_numpy(ids)
+            z = self._model.backbone(self._model.tokens(filled), None, at, cache)
+        states: NDArray[np.float32] = z[:n, 0].numpy().copy()
+        return states
 
-        Two hours of as many stays as fill a tick, together and one by one in other slots. Raises
-        RowDependenceError. Overwrites slots: call before they are used.
-        """
-        config = self._model.config
-        rng = np.random.default_rng(0)
-        n = min(self.max_rows, self.n_slots)
-        series = rng.standard_normal((2, n, config.n_series)).astype(np.float32)
-        events = rng.standard_normal((2, n, config.n_event_channels)).astype(np.float32)
-        together = [
-            self.tick(series[hour], events[hour], range(n), [hour] * n).hidden for hour in (0, 1)
-        ]
-        for i in range(n):
-            for hour in (0, 1):
-                one = slice(i, i + 1)
-                alone = self.tick(series[hour, one], events[hour, one], [n - 1 - i], [hour]).hidden
-                if not np.array_equal(alone[0], together[hour][i]):
-                    raise RowDependenceError(
-                        "on this machine a row's result depends on the rows beside it; "
-                        "set LLM4EHR_ENGINE_ROWS=1"
+    def shrink(self) -> bool:
+        """See `Backend.shrink`."""
+        if self.n_slots < 2:
+            return False
+        self.n_slots //= 2
+        try:
+            self._allocate()
+        except OutOfMemory as error:
+            raise DeviceFault("no memory for half of the slots") from error
+        return True
+
+    def _allocate(self) -> None:
+        """Slots of the hours, and of the event pass if there is one. Old ones are freed first."""
+        self._caches.clear()
+        positions = [self._network.preprocessing.max_hours]
+        if self.config.events == "stream":
+            positions.append(token_positions(self._network))
+        with _memory():
+            for n, first in zip(positions, self._before, strict=False):
+                self._caches.append(
+                    SlotCache(
+                        **kv_shape(self._network),
+                        n_slots=self.n_slots,
+                        hours=n,
+                        first=first,
+                        library=self._library,
                     )
+                )
 
-    def _filled(self, rows: NDArray[np.float32]) -> torch.Tensor:
-        out = torch.zeros(self.max_rows, 1, rows.shape[1])
-        out[: len(rows), 0] = torch.from_numpy(rows)
-        return out
-
-
-def kv_shape(network: Network) -> dict[str, int]:
-    """Layers, key-value heads and head size of the backbone."""
-    layers, heads, size = key_value_shape(network.model.backbone)
-    return {"n_layers": layers, "n_kv_heads": heads, "head_dim": size}
+    def _size(self, n_rows: int) -> int:
+        return next(size for size in self.tick_sizes if size >= n_rows)
 
 
-def slots_for(network: Network, memory_bytes: int) -> int:
-    """How many slots fit into a memory budget; at least one."""
-    prompt = network.model.prompt
-    positions = network.preprocessing.max_hours + (prompt.length if prompt else 0)
-    per_slot = 2 * 4 * positions * math.prod(key_value_shape(network.model.backbone))
-    return max(memory_bytes // per_slot, 1)
+def _filled(rows: NDArray[np.float32], size: int) -> Tensor:
+    """[R, n] -> [size, 1, n], zeros in the rows that only fill up."""
+    out = torch.zeros(size, 1, rows.shape[1])
+    out[: len(rows), 0] = torch.from_numpy(rows)
+    return out
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Turns what torch says when it cannot allocate into OutOfMemory."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory("no memory") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemory("no memory") from error
