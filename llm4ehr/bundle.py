@@ -69,11 +69,6 @@ class Network:
         """Why the online engine cannot serve this network; None if it can."""
         if not self.causal:
             return "this network reads later hours and cannot be streamed"
-        if self.model.config.events == "stream":
-            return (
-                "this network reads events as a second stream (events: stream), which is scored in "
-                "batches only; serve a bundle with events: fused or none"
-            )
         prompt = self.model.config.prompt
         if prompt is not None and prompt.position == "suffix":
             return "this network reads a stay out after its end (suffix prompt), cannot be streamed"

@@ -19,6 +19,7 @@ __all__ = [
     "BundleInfo",
     "Draft",
     "Engine",
+    "EngineStatus",
     "EngineStopped",
     "Entry",
     "EpisodeView",
@@ -97,6 +98,22 @@ class BundleInfo:
     tasks: tuple[str, ...]
     phenotypes: tuple[str, ...]
     causal: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """Figures of an engine at one moment."""
+
+    backend: str
+    tick_sizes: tuple[int, ...]
+    slots_used: int
+    slots_free: int
+    slots_lost: int
+    """Slots given back for want of memory."""
+    stays: int
+    """Stays of which something is held."""
+    pending_stays: int
+    """Requests that wait for scores."""
 
 
 class Engine(Protocol):

@@ -200,31 +200,46 @@ class Gate:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.n_slots, self.max_rows = backend.n_slots, backend.max_rows
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()
         self.ticks: list[list[tuple[int, int]]] = []
         """(slot, hour) of every row."""
-        self.fault: Exception | None = None
+        self.token_ticks: list[list[tuple[int, int]]] = []
+        """(slot, position) of every row of the event pass."""
+        self.fault: BaseException | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
     @property
     def n_rows(self) -> int:
         return sum(map(len, self.ticks))
+
+    def _enter(self) -> None:
+        self.entered.set()
+        assert self.open.wait(60)
+        if self.fault is not None:
+            raise self.fault
 
     def tick(
         self,
         series: NDArray[np.float32],
         events: NDArray[np.float32],
         slots: Sequence[int],
-        positions: Sequence[int],
+        hours: Sequence[int],
+        latest: NDArray[np.float32] | None = None,
     ) -> TickResult:
-        self.entered.set()
-        assert self.open.wait(60)
-        if self.fault is not None:
-            raise self.fault
-        self.ticks.append(list(zip(slots, positions, strict=True)))
-        return self._backend.tick(series, events, slots, positions)
+        self._enter()
+        self.ticks.append(list(zip(slots, hours, strict=True)))
+        return self._backend.tick(series, events, slots, hours, latest)
+
+    def tick_tokens(
+        self, ids: NDArray[np.int64], slots: Sequence[int], positions: Sequence[int]
+    ) -> NDArray[np.float32]:
+        self._enter()
+        self.token_ticks.append(list(zip(slots, positions, strict=True)))
+        return self._backend.tick_tokens(ids, slots, positions)
 
 
 def engine_of(

@@ -1,8 +1,8 @@
 """The engine: episodes in, scores out, one tick after the other on a thread of its own.
 
 The event loop only hands over requests and receives futures. Everything else happens on the engine
-thread, between ticks, so that nothing needs a lock: featurise what came in, find the first hour
-whose features differ from what was computed before, let the scheduler pick rows, run them, publish.
+thread, between ticks, so that nothing needs a lock: read what came in, find the first hour that
+differs from what was computed before, let the scheduler pick rows, run them, publish.
 """
 
 from __future__ import annotations
@@ -15,70 +15,46 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm4ehr.bundle import Bundle
-from llm4ehr.episode import Features, featurise
-from llm4ehr.model import Task
 from service.core import (
     BundleInfo,
+    EngineStatus,
     EngineStopped,
     EpisodeView,
-    HourScore,
-    HoursInterval,
     ModelFault,
     Overloaded,
     Scores,
 )
-from service.engine.backends.base import Backend
-from service.engine.metrics import EngineMetrics
+from service.engine.answers import Answers
+from service.engine.backends.base import Backend, OutOfMemory, TickResult
+from service.engine.metrics import Cause, EngineMetrics
 from service.engine.scheduler import Row, Scheduler
 from service.engine.slots import SlotTable
-from service.projection import model_episode
+from service.engine.stays import HeldStay, Reader, Request, features_of
 
 _log = logging.getLogger(__name__)
 
+# Between two ticks stays that were not known before are read for so long at most: reading a long
+# one takes as long as a tick, and live hours wait meanwhile.
+_READ_BUDGET_S = 0.002
 
-@dataclass(slots=True, eq=False)
-class _Request:
-    """An episode to score up to `n_hours`. `scratch` leaves nothing behind."""
-
-    key: Hashable
-    view: EpisodeView
-    n_hours: int
-    scratch: bool
-    future: asyncio.Future[Scores]
-    submitted: float
-
-
-@dataclass(slots=True, eq=False)
-class _State:
-    """What is held of one stay: a cache of its log, never the truth.
-
-    `valid` hours have outputs that belong to `features`; `hours` are their finished answers, of
-    which a correction drops the tail.
-    """
-
-    seq: int
-    features: Features
-    hidden: NDArray[np.float32]  # [max hours, H]
-    raw: dict[Task, NDArray[np.float32]]  # [max hours, n]
-    scratch: bool
-    valid: int = 0
-    hours: list[HourScore] = field(default_factory=list)
-    waiting: list[_Request] = field(default_factory=list)
-
-    @property
-    def n_hours(self) -> int:
-        return len(self.features.series)
+# How often the books of the slots are checked, at most.
+_CHECK_INTERVAL_S = 1.0
 
 
 class OnlineEngine:
-    """Implements `service.core.Engine` on top of a backend."""
+    """Implements `service.core.Engine` on top of a backend.
+
+    `turn` is entered around every tick: engines that share a device take turns. `on_fatal` is
+    called once, on the engine thread, when only a new process can help.
+    """
 
     def __init__(
         self,
@@ -88,30 +64,44 @@ class OnlineEngine:
         *,
         max_pending: int,
         max_states: int = 4096,
+        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+        on_fatal: Callable[[BaseException], None] = lambda error: None,
+        cause: Literal["shadow"] | None = None,
     ) -> None:
-        self._bundle = bundle
         self._backend = backend
         self._metrics = metrics
         self._max_pending = max_pending
         self._max_states = max_states
-        self._slots = SlotTable(backend.n_slots)
-        self._scheduler = Scheduler(self._slots)
-        self._states: OrderedDict[Hashable, _State] = OrderedDict()  # least recently used first
-        self._inbox: queue.SimpleQueue[_Request | Hashable | None] = queue.SimpleQueue()
+        self._turn = turn
+        self._on_fatal = on_fatal
+        self._cause = cause
+        network = bundle.network
+        self._max_hours = network.preprocessing.max_hours
+        self._width = network.model.backbone.hidden_size
+        self._state_size = network.model.state_size
+        self._reader = Reader(network)
+        self._answers = Answers(bundle)
+        self._hours = self._scheduler(self._max_hours)
+        tokens = self._reader.tokens
+        self._tokens = None if tokens is None else self._scheduler(tokens.window)
+        self._n_slots_at_start = backend.n_slots
+        self._states: OrderedDict[Hashable, HeldStay] = OrderedDict()  # least recently used first
+        self._inbox: queue.SimpleQueue[Request | Hashable | None] = queue.SimpleQueue()
+        self._unread: OrderedDict[Hashable, list[Request]] = OrderedDict()
         self._pending = 0  # futures not done; touched on the event loop only
         self._scratch_keys = itertools.count()
         self._failure: BaseException | None = None
+        self._checked = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        config = bundle.network.model.config
-        self._widths = dict(config.heads)
+        config = network.model.config
         self._info = BundleInfo(
             name=bundle.name,
             version=str(bundle.version),
             digest=bundle.digest,
-            preprocessing_digest=bundle.network.preprocessing_digest,
+            preprocessing_digest=network.preprocessing_digest,
             tasks=tuple(config.heads),
             phenotypes=bundle.phenotypes,
-            causal=bundle.network.causal,
+            causal=network.causal,
         )
 
     # --- on the event loop -------------------------------------------------------------------
@@ -139,13 +129,34 @@ class OnlineEngine:
         """Whether the engine thread runs."""
         return self._thread.is_alive() and self._failure is None
 
+    def idle(self) -> bool:
+        """Whether nobody waits for scores."""
+        return self._pending == 0
+
+    def status(self) -> EngineStatus:
+        """Figures of the moment, for operators."""
+        slots = self._hours.slots
+        return EngineStatus(
+            backend=self._backend.name,
+            tick_sizes=self._backend.tick_sizes,
+            slots_used=slots.used,
+            slots_free=slots.n_slots - slots.used,
+            slots_lost=self._n_slots_at_start - slots.n_slots,
+            stays=len(self._states),
+            pending_stays=self._pending,
+        )
+
     def submit(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
         """See `service.core.Engine`."""
         return self._submit(view.episode_id, view, n_hours, scratch=False)
 
     def submit_as_of(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
         """See `service.core.Engine`."""
-        return self._submit(("as of", next(self._scratch_keys)), view, n_hours, scratch=True)
+        key = ("as of", next(self._scratch_keys))
+        future = self._submit(key, view, n_hours, scratch=True)
+        # Nobody else can want it.
+        future.add_done_callback(lambda f: self._inbox.put(key) if f.cancelled() else None)
+        return future
 
     def forget(self, episode_id: str) -> None:
         """See `service.core.Engine`."""
@@ -157,12 +168,12 @@ class OnlineEngine:
         if not self.alive():
             raise EngineStopped("the engine is not running")
         if self._pending >= self._max_pending:
-            raise Overloaded
+            raise Overloaded(self._metrics.retry_after_s())
         future: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
         self._pending += 1
         future.add_done_callback(self._answered)
-        n = min(max(view.head_hour + 1, n_hours or 0), self._bundle.network.preprocessing.max_hours)
-        self._inbox.put(_Request(key, view, n, scratch, future, time.monotonic()))
+        n = min(max(view.head_hour + 1, n_hours or 0), self._max_hours)
+        self._inbox.put(Request(key, view, n, scratch, future, time.monotonic()))
         if not self.alive():  # it died since, and may have emptied the inbox before this
             _settle(future, EngineStopped("the engine stopped"))
         return future
@@ -170,190 +181,295 @@ class OnlineEngine:
     def _answered(self, _: asyncio.Future[Scores]) -> None:
         self._pending -= 1
 
-    # --- on the engine thread ----------------------------------------------------------------
+    # --- on the engine thread: what comes in -------------------------------------------------
 
     def _run(self) -> None:
         try:
             while self._take_requests():
-                if rows := self._scheduler.next_tick(self._backend.max_rows):
-                    self._tick(rows)
-                else:
-                    self._slots.check_integrity()
+                self._tick_tokens()
+                self._tick_hours()
                 self._observe()
         except BaseException as error:
             self._failure = error
             # The type is enough for a log line; a message might quote a patient's value.
             _log.critical("the engine stopped: %s", type(error).__name__)
+            self._on_fatal(error)
         finally:
             self._fail_everything()
 
     def _take_requests(self) -> bool:
         """Take in what has come; waits only when there is nothing to compute. False to stop."""
-        wait = not self._scheduler.waiting
+        wait = not self._working
+        if wait:
+            self._check_integrity()
         while True:
             try:
                 request = self._inbox.get(block=wait)
             except queue.Empty:
+                self._read_unread()
                 return True
             wait = False
             if request is None:
                 return False
-            if isinstance(request, _Request):
-                self._accept(request)
+            if isinstance(request, Request):
+                self._unread.setdefault(request.key, []).append(request)
             else:
                 self._drop(request, EngineStopped("the episode was dropped"))
 
-    def _accept(self, request: _Request) -> None:
-        if request.future.cancelled():
-            return
-        network, view = self._bundle.network, request.view
-        state = self._states.get(request.key)
-        if state is not None and view.seq < state.seq:
-            # Overtaken on its way here: what is known already answers it as well.
-            state.waiting.append(request)
-            if state.valid >= state.n_hours:
-                self._publish(request.key, state)
-            return
-        # Whoever waits for more hours than this request asks for shall still get them.
-        n_hours = max(
-            [request.n_hours, *(r.n_hours for r in state.waiting)] if state else [request.n_hours]
-        )
-        episode = model_episode(view, network.vocabulary)
-        features = featurise(episode, network.vocabulary, network.preprocessing, n_hours)
-        if state is None:
-            state = self._new_state(request, features)
-        unchanged = _common_hours(state.features, features)
-        state.features, state.seq = features, view.seq
-        state.valid = min(state.valid, unchanged)
-        del state.hours[state.valid :]
-        state.waiting.append(request)
-        self._states.move_to_end(request.key)
-        self._scheduler.crop(request.key, unchanged)
-        if state.valid < n_hours:
-            self._scheduler.extend(request.key, state.valid, n_hours)
-        else:
-            self._publish(request.key, state)
+    @property
+    def _working(self) -> bool:
+        tokens = self._tokens is not None and self._tokens.waiting
+        return bool(self._unread or self._hours.waiting or tokens)
 
-    def _new_state(self, request: _Request, features: Features) -> _State:
-        max_hours = self._bundle.network.preprocessing.max_hours
-        state_size = self._bundle.network.model.state_size
-        state = _State(
-            seq=0,
-            features=features,
-            hidden=np.zeros((max_hours, state_size), np.float32),
-            raw={task: np.zeros((max_hours, n), np.float32) for task, n in self._widths.items()},
-            scratch=request.scratch,
-        )
-        self._states[request.key] = state
+    def _read_unread(self) -> None:
+        """Read all that came for known stays, and of the unknown ones as many as time allows."""
+        for key in [k for k in self._unread if k in self._states]:
+            self._accept(key, self._unread.pop(key))
+        until = time.monotonic() + _READ_BUDGET_S
+        while self._unread:
+            self._accept(*self._unread.popitem(last=False))
+            if time.monotonic() >= until:
+                return
+
+    def _accept(self, key: Hashable, requests: list[Request]) -> None:
+        """Take in requests for one stay. Only the newest view is read."""
+        requests = [r for r in requests if not r.future.cancelled()]
+        if not requests:
+            return
+        newest = max(requests, key=lambda r: r.view.seq)
+        stay = self._states.get(key)
+        if stay is not None and newest.view.seq < stay.seq:
+            # Overtaken on their way here: what is known already answers them as well.
+            stay.waiting += requests
+            if stay.valid >= stay.n_hours:
+                self._publish(key, stay)
+            return
+        if stay is None:
+            stay = self._new_stay(newest)
+        stay.waiting += requests
+        self._states.move_to_end(key)
+        # Whoever waits for more hours than the newest request asks for shall still get them.
+        n_hours = max(r.n_hours for r in stay.waiting)
+        changed = self._reader.read(stay, newest.view, n_hours)
+        self._hours.crop(key, changed)
+        if not self._await_tokens(key, stay):
+            self._await_hours(key, stay)
+
+    def _await_tokens(self, key: Hashable, stay: HeldStay) -> bool:
+        """Have the states of missing tokens computed; False if none is missing."""
+        if self._tokens is None or self._reader.tokens is None:
+            return False
+        n_rows = self._reader.tokens.n_rows(len(stay.tokens.ids))
+        self._tokens.crop(key, stay.valid_rows)
+        if stay.valid_rows >= n_rows:
+            self._tokens.withdraw(key)
+            return False
+        self._hours.withdraw(key)  # heads read the tokens of the hour
+        self._tokens.extend(key, stay.valid_rows, n_rows)
+        return True
+
+    def _await_hours(self, key: Hashable, stay: HeldStay) -> None:
+        if stay.valid < stay.n_hours:
+            self._hours.extend(key, stay.valid, stay.n_hours)
+            if self._hours.is_rebuild(key) and stay.rebuild_since is None:
+                stay.rebuild_since = time.monotonic()
+        else:
+            self._publish(key, stay)
+
+    def _new_stay(self, request: Request) -> HeldStay:
+        stay = HeldStay(request.scratch, self._state_size)
+        self._states[request.key] = stay
         if len(self._states) > self._max_states:
             idle = next(
-                (k for k, s in self._states.items() if not s.waiting and s is not state), None
+                (k for k, s in self._states.items() if not s.waiting and s is not stay), None
             )
             if idle is not None:
                 self._drop(idle, EngineStopped("dropped"))
-        return state
+        return stay
 
-    def _tick(self, rows: list[Row]) -> None:
-        states = [self._states[row.key] for row in rows]
-        series = np.stack([s.features.series[r.hour] for s, r in zip(states, rows, strict=True)])
-        events = np.stack([s.features.events[r.hour] for s, r in zip(states, rows, strict=True)])
-        started = time.monotonic()
-        result = self._backend.tick(series, events, [r.slot for r in rows], [r.hour for r in rows])
-        self._metrics.step_seconds.observe(time.monotonic() - started)
-        self._metrics.batch_rows.observe(len(rows))
-        for i, (state, row) in enumerate(zip(states, rows, strict=True)):
-            state.hidden[row.hour] = result.hidden[i]
-            for task, raw in result.raw.items():
-                state.raw[task][row.hour] = raw[i]
-            self._metrics.rows.labels("again" if row.hour < state.valid else "new").inc()
-            state.valid = max(state.valid, row.hour + 1)
-        for key in self._scheduler.done(rows):
-            self._publish(key, self._states[key])
+    # --- on the engine thread: ticks ---------------------------------------------------------
 
-    def _publish(self, key: Hashable, state: _State) -> None:
-        """Answer everyone who waits for this stay."""
-        first, n = len(state.hours), state.n_hours
-        if not all(np.isfinite(a[first:n]).all() for a in (state.hidden, *state.raw.values())):
-            self._drop(key, ModelFault("the model gave a number that is not finite"))
+    def _tick_tokens(self) -> None:
+        if self._tokens is None or self._reader.tokens is None:
             return
-        state.hours += self._answers(state, first, n)
-        scores = Scores(
-            seq=state.seq, hours=tuple(state.hours[:n]), embeddings=state.hidden[:n].copy()
-        )
-        waiting, state.waiting = state.waiting, []
-        if state.scratch:
+        if not (rows := self._tokens.next_tick(self._backend.tick_sizes[-1])):
+            return
+        stays = [self._states[row.key] for row in rows]
+        tokens = [self._reader.tokens.token(row.number) for row in rows]
+        ids = np.array([s.tokens.ids[t] for s, t in zip(stays, tokens, strict=True)], np.int64)
+        positions = [row.number % self._reader.tokens.window for row in rows]
+        started = time.monotonic()
+        try:
+            with self._turn():
+                z = self._backend.tick_tokens(ids, [row.slot for row in rows], positions)
+        except OutOfMemory:
+            self._make_room(rows)
+            return
+        self._metrics.tick("tokens", time.monotonic() - started, len(rows))
+        faulty: dict[Hashable, None] = {}
+        for i, (stay, row) in enumerate(zip(stays, rows, strict=True)):
+            if not np.isfinite(z[i]).all():
+                faulty[row.key] = None
+            elif self._reader.tokens.counts(row.number):
+                stay.write_token(tokens[i], z[i])
+            stay.valid_rows = max(stay.valid_rows, row.number + 1)
+        for key in self._tokens.done(rows):
+            if key not in faulty:
+                self._await_hours(key, self._states[key])
+        self._fault(faulty)
+
+    def _tick_hours(self) -> None:
+        if not (rows := self._hours.next_tick(self._backend.tick_sizes[-1])):
+            return
+        stays = [self._states[row.key] for row in rows]
+        started = time.monotonic()
+        try:
+            result = self._compute(stays, rows)
+        except OutOfMemory:
+            self._make_room(rows)
+            return
+        ended = time.monotonic()
+        self._metrics.tick("hours", ended - started, len(rows))
+        faulty = self._write(stays, rows, result)
+        for stay in stays:
+            for request in stay.waiting:
+                if not request.begun:
+                    request.begun = True
+                    self._metrics.waited(ended - request.submitted)
+        for key in self._hours.done(rows):
+            if key not in faulty:
+                self._publish(key, self._states[key])
+        self._fault(faulty)
+
+    def _compute(self, stays: list[HeldStay], rows: list[Row]) -> TickResult:
+        at = [(stay, row.number) for stay, row in zip(stays, rows, strict=True)]
+        features = [(features_of(stay), hour) for stay, hour in at]
+        series = np.stack([f.series[hour] for f, hour in features])
+        events = np.stack([f.events[hour] for f, hour in features])
+        latest = None
+        if self._tokens is not None:
+            latest = np.stack([stay.latest(hour, self._width) for stay, hour in at])
+        slots, hours = [row.slot for row in rows], [row.number for row in rows]
+        with self._turn():
+            return self._backend.tick(series, events, slots, hours, latest)
+
+    def _write(
+        self, stays: list[HeldStay], rows: list[Row], result: TickResult
+    ) -> dict[Hashable, None]:
+        """Keep the results of a tick; returns the stays that got a number that is not finite."""
+        outputs = np.concatenate([result.hidden, *result.raw.values()], axis=1)
+        finite: NDArray[np.bool_] = np.isfinite(outputs).all(axis=1)
+        raw = {task: np.where(finite[:, None], out, 0) for task, out in result.raw.items()}
+        hours = np.array([row.number for row in rows])
+        observed = np.stack([features_of(s).observed[h] for s, h in zip(stays, hours, strict=True)])
+        scores = self._answers.rows(raw, hours, 1.0 - observed.mean(axis=1))
+        faulty: dict[Hashable, None] = {}
+        causes: dict[Cause, int] = {}
+        for i, (stay, row) in enumerate(zip(stays, rows, strict=True)):
+            cause = self._cause or _cause(stay, row.number)
+            causes[cause] = causes.get(cause, 0) + 1
+            if not finite[i]:
+                faulty[row.key] = None
+            if row.key in faulty:
+                continue
+            if row.number < stay.valid and not stay.same_bits(row.number, result.hidden[i]):
+                # What was published cannot be had again: the promise of the engine is broken.
+                _log.critical("an hour that was computed again gave other bits")
+                self._metrics.audited(equal=False)
+                stay.crop(row.number)
+            if row.number == stay.valid:
+                stay.write(scores[i], result.hidden[i])
+        for cause, n in causes.items():
+            self._metrics.computed(cause, n)
+        return faulty
+
+    def _fault(self, keys: dict[Hashable, None]) -> None:
+        for key in keys:
+            self._metrics.faulted()
+            self._drop(key, ModelFault("the model gave a number that is not finite"))
+
+    def _make_room(self, rows: list[Row]) -> None:
+        """After a tick there was no memory for: go on with fewer slots, or refuse its stays."""
+        self._metrics.ran_out_of_memory()
+        if self._backend.shrink():
+            for lane in self._lanes:
+                lane.replace_slots(SlotTable(self._backend.n_slots))
+            return
+        retry_after_s = self._metrics.retry_after_s()
+        for key in {row.key for row in rows}:
+            self._drop(key, Overloaded(retry_after_s))
+
+    # --- on the engine thread: what goes out -------------------------------------------------
+
+    def _publish(self, key: Hashable, stay: HeldStay) -> None:
+        """Answer everyone who waits for this stay."""
+        scores, now = stay.scores(), time.monotonic()
+        waiting, stay.waiting = stay.waiting, []
+        if stay.rebuild_since is not None:
+            self._metrics.rebuilt(now - stay.rebuild_since)
+            stay.rebuild_since = None
+        if stay.scratch:
             self._drop(key, EngineStopped("done"))
         for request in waiting:
-            self._metrics.queue_seconds.observe(time.monotonic() - request.submitted)
+            self._metrics.answered(now - request.submitted)
             _settle(request.future, scores)
 
-    def _answers(self, state: _State, first: int, n: int) -> list[HourScore]:
-        calibration, hours = self._bundle.calibration, np.arange(first, n)
-        answers = {
-            task: calibration[task](raw[first:n], hours).tolist() for task, raw in state.raw.items()
-        }
-        intervals = self._intervals(state, first, n)
-        imputed = 1.0 - state.features.observed[first:n].mean(axis=1)
-
-        def one(task: Task, i: int) -> float | None:
-            return answers[task][i][0] if task in answers else None
-
-        return [
-            HourScore(
-                hour=first + i,
-                decompensation=one("decompensation", i),
-                mortality=one("mortality", i),
-                remaining_los_hours=one("remaining_los", i),
-                remaining_los_interval_hours=intervals[i],
-                phenotypes=dict(
-                    zip(self._bundle.phenotypes, answers["phenotyping"][i], strict=True)
-                    if "phenotyping" in answers
-                    else ()
-                ),
-                imputed_share=float(imputed[i]),
-            )
-            for i in range(n - first)
-        ]
-
-    def _intervals(self, state: _State, first: int, n: int) -> list[HoursInterval | None]:
-        los = self._bundle.calibration.get("remaining_los")
-        if los is None or los.interval is None:
-            return [None] * (n - first)
-        low, high = los.bounds(state.raw["remaining_los"][first:n], np.arange(first, n))
-        ends = zip(low[:, 0].tolist(), high[:, 0].tolist(), strict=True)
-        return [HoursInterval(low=a, high=b, coverage=los.interval.coverage) for a, b in ends]
-
     def _drop(self, key: Hashable, reason: Exception) -> None:
-        state = self._states.pop(key, None)
-        self._scheduler.forget(key)
-        for request in state.waiting if state else ():
+        stay = self._states.pop(key, None)
+        for lane in self._lanes:
+            lane.forget(key)
+        waiting = [*self._unread.pop(key, ()), *(stay.waiting if stay else ())]
+        for request in waiting:
             _settle(request.future, reason)
 
     def _observe(self) -> None:
-        self._metrics.pending.set(self._scheduler.waiting)
-        self._metrics.slots.labels("used").set(self._slots.used)
-        self._metrics.slots.labels("free").set(self._slots.n_slots - self._slots.used)
-        self._metrics.evictions.inc(self._slots.evictions)
-        self._slots.evictions = 0
+        stays = rows = 0
+        for lane in self._lanes:
+            stays, rows = stays + lane.waiting, rows + lane.rows_waiting
+            self._metrics.evicted(lane.slots.evictions)
+            lane.slots.evictions = 0
+        self._metrics.backlog(stays + len(self._unread), rows)
+        slots = self._hours.slots
+        self._metrics.memory(
+            used=slots.used,
+            free=slots.n_slots - slots.used,
+            lost=self._n_slots_at_start - slots.n_slots,
+        )
+
+    def _check_integrity(self) -> None:
+        """Raise SlotError if the books of slots and stays do not fit together."""
+        if (now := time.monotonic()) - self._checked < _CHECK_INTERVAL_S:
+            return
+        self._checked = now
+        for lane in self._lanes:
+            lane.check_integrity(self._states.keys())
 
     def _fail_everything(self) -> None:
-        for key in list(self._states):
+        for key in [*self._states, *self._unread]:
             self._drop(key, EngineStopped("the engine stopped"))
         while True:
             try:
                 request = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            if isinstance(request, _Request):
+            if isinstance(request, Request):
                 _settle(request.future, EngineStopped("the engine stopped"))
 
+    @property
+    def _lanes(self) -> list[Scheduler]:
+        return [self._hours] if self._tokens is None else [self._hours, self._tokens]
 
-def _common_hours(old: Features, new: Features) -> int:
-    """Number of leading hours in which the features are the same, bit for bit."""
-    n = min(len(old.series), len(new.series))
-    differs = (old.series[:n] != new.series[:n]).any(1) | (old.events[:n] != new.events[:n]).any(1)
-    differs |= (old.observed[:n] != new.observed[:n]).any(1)  # answers show it; not all inputs do
-    return int(np.argmax(differs)) if differs.any() else n
+    def _scheduler(self, window: int) -> Scheduler:
+        slots = SlotTable(self._backend.n_slots)
+        return Scheduler(slots, window=window, chained=self._backend.chained)
+
+
+def _cause(stay: HeldStay, hour: int) -> Cause:
+    if stay.scratch:
+        return "past"
+    if hour < stay.valid:
+        return "rebuild"
+    return "correction" if hour < stay.reached else "new"
 
 
 def _settle(future: asyncio.Future[Scores], outcome: Scores | Exception) -> None:

@@ -1,31 +1,46 @@
-"""Which hours of which stays go into the next tick. No torch, no threads, no clock.
+"""Which rows of which stays go into the next tick. No torch, no threads, no clock.
 
 A *stay* here is anything that owns a slot: a live episode or a scratch computation for a past view.
+Its rows are the hours of the series pass, or what `service.engine.tokens` makes of its events.
 
-    rows of a stay:  |0 ... in_slot-1|in_slot ... n_hours-1|
-                      K and V written   to be computed
+    rows of a stay:  |0 ......... reached-1|reached ... n_rows-1|
+                      K and V are written   to be computed
 
-`extend` crops what is in the slot to an hour and computes from there: a new hour, a correction
-three hours back, a rebuild after eviction are the same thing with other lengths.
+`extend` crops what is in the slot to a row and computes from there: a new hour, a correction three
+hours back, a rebuild after eviction are the same thing with other lengths.
+
+A slot holds one window of rows: row r stands at position r % window and reads the rows of its own
+window only. Stays have fewer hours than a window of the series pass has rows, so there it is one.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from service.engine.slots import SlotTable
+from service.engine.slots import Lease, SlotError, SlotTable
 
 
 @dataclass(slots=True, kw_only=True)
 class Stay:
-    """What the scheduler knows of one stay."""
+    """What the scheduler knows of one stay.
+
+    Its slot holds K and V of the rows `first` .. `reached - 1`, which stand in one window. Results
+    are known of the rows before `needed`; `reached` is behind it while lost K and V are made again.
+    """
 
     key: Hashable
-    n_hours: int = 0
-    in_slot: int = 0  # hours whose K and V are in the slot and up to date
+    n_rows: int = 0
+    needed: int = 0
+    first: int = 0
+    reached: int = 0
+    lease: Lease | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.reached >= self.n_rows
 
 
 class Row(NamedTuple):
@@ -33,47 +48,63 @@ class Row(NamedTuple):
 
     key: Hashable
     slot: int
-    hour: int
+    number: int
 
 
 class Scheduler:
-    """Two queues: live stays get their next hours first, rebuilds fill what is left of a tick.
+    """Two queues: live stays get their next rows first, rebuilds fill what is left of a tick.
 
-    Within a queue stays take turns, one hour each, so that a long one cannot starve the others.
+    Within a queue stays take turns, one row each, so that a long one cannot starve the others.
+    With `chained` false a tick has one row of a stay at most.
     """
 
-    def __init__(self, slots: SlotTable) -> None:
+    def __init__(self, slots: SlotTable, *, window: int, chained: bool = True) -> None:
         self.slots = slots
         self.stays: dict[Hashable, Stay] = {}
+        self._window = window
+        self._chained = chained
         self._live: deque[Hashable] = deque()
         self._rebuild: deque[Hashable] = deque()
         self._queued: set[Hashable] = set()
 
     @property
     def waiting(self) -> int:
-        """Stays with hours to compute."""
+        """Stays with rows to compute."""
         return len(self._queued)
 
-    def crop(self, key: Hashable, hour: int) -> None:
-        """What the slot of a stay holds from `hour` on is no longer its own."""
+    @property
+    def rows_waiting(self) -> int:
+        """Rows to compute."""
+        return sum(s.n_rows - s.reached for s in map(self.stays.__getitem__, self._queued))
+
+    def is_rebuild(self, key: Hashable) -> bool:
+        """Whether a queued stay began with an empty slot and more than one row to compute."""
+        return key in self._rebuild
+
+    def crop(self, key: Hashable, row: int) -> None:
+        """What the slot of a stay holds from `row` on is no longer its own."""
         stay = self.stays.setdefault(key, Stay(key=key))
-        stay.in_slot = min(stay.in_slot, hour)
+        stay.needed = min(stay.needed, row)
+        if row < stay.first:
+            self._empty(stay)
+        else:
+            stay.reached = min(stay.reached, row)
 
-    def extend(self, key: Hashable, from_hour: int, n_hours: int) -> None:
-        """Hours `from_hour` .. `n_hours - 1` of a stay are to be computed.
+    def extend(self, key: Hashable, from_row: int, n_rows: int) -> None:
+        """Rows `from_row` .. `n_rows - 1` of a stay are to be computed.
 
-        A stay whose slot is empty and that has more than one hour is rebuilt; any other is live.
+        A stay whose slot is empty and that has more than one row is rebuilt; any other is live.
         """
-        self.crop(key, from_hour)
+        self.crop(key, from_row)
         stay = self.stays[key]
-        stay.n_hours = n_hours
+        stay.n_rows = n_rows
         if key not in self._queued:
             self._queued.add(key)
-            rebuild = stay.in_slot == 0 and n_hours > 1
+            rebuild = stay.first == stay.reached and n_rows - stay.reached > 1
             (self._rebuild if rebuild else self._live).append(key)
 
     def next_tick(self, max_rows: int) -> list[Row]:
-        """The rows of the next tick, hours of one stay in order; empty when nothing is to be done.
+        """The rows of the next tick, those of one stay in order; empty when nothing is to be done.
 
         The caller computes them and calls `done`.
         """
@@ -89,44 +120,92 @@ class Scheduler:
         while turns and len(rows) < max_rows:
             key = turns.popleft()
             stay = self.stays[key]
-            slot = self.slots.slot(key)
-            if slot is None:
-                # Stays under way keep their slots, else many rebuilds would undo one another.
-                acquired = self.slots.acquire(key, self._queued)
-                if acquired is None:
-                    continue  # its turn comes when one of those is complete
-                slot, evicted = acquired
-                stay.in_slot = 0
-                if evicted is not None and evicted in self.stays:
-                    self.stays[evicted].in_slot = 0
-            hour = stay.in_slot + taken.get(key, 0)
-            rows.append(Row(key, slot, hour))
+            lease = self.slots.lease(key) or self._acquire(stay)
+            if lease is None:
+                continue  # its turn comes when one of those that are under way is complete
+            if lease != stay.lease:
+                raise SlotError("a stay holds another slot than it was given")
+            row = stay.reached + taken.get(key, 0)
+            rows.append(Row(key, lease.slot, row))
             taken[key] = taken.get(key, 0) + 1
-            if hour + 1 < stay.n_hours:
+            # The next window would overwrite what the last rows of this one still read.
+            window_ends = (row + 1) % self._window == 0
+            if self._chained and row + 1 < stay.n_rows and not window_ends:
                 turns.append(key)
         queue.rotate(-1)
+
+    def _acquire(self, stay: Stay) -> Lease | None:
+        # Stays under way keep their slots, else many rebuilds would undo one another.
+        acquired = self.slots.acquire(stay.key, self._queued)
+        if acquired is None:
+            return None
+        stay.lease, evicted = acquired
+        if evicted is not None:
+            self._lose(self.stays[evicted])
+        return stay.lease
+
+    def _lose(self, stay: Stay) -> None:
+        stay.lease = None
+        self._empty(stay)
+
+    def _empty(self, stay: Stay) -> None:
+        """Nothing is in the slot: the window of the first row that is needed begins anew."""
+        stay.first = stay.reached = self._window_of(stay.needed)
 
     def done(self, rows: list[Row]) -> list[Hashable]:
         """Record a computed tick; returns the stays that are now complete, which leave the queue.
 
-        Hours that changed while the tick ran must not be counted: call `extend` only between ticks.
+        Rows that changed while the tick ran must not be counted: call `extend` only between ticks.
         """
         complete = []
         for row in rows:
             stay = self.stays[row.key]
-            stay.in_slot = max(stay.in_slot, row.hour + 1)
+            stay.first, stay.reached = self._window_of(row.number), row.number + 1
+            stay.needed = max(stay.needed, stay.reached)
         for key in dict.fromkeys(row.key for row in rows):
-            stay = self.stays[key]
-            if stay.in_slot >= stay.n_hours:
+            if self.stays[key].complete:
                 self._leave(key)
                 complete.append(key)
         return complete
+
+    def withdraw(self, key: Hashable) -> None:
+        """Compute no more of a stay for now. Its slot keeps what it holds."""
+        self._leave(key)
 
     def forget(self, key: Hashable) -> None:
         """Drop a stay and free its slot."""
         self._leave(key)
         self.stays.pop(key, None)
         self.slots.release(key)
+
+    def replace_slots(self, slots: SlotTable) -> None:
+        """Go on with other slots, all of them empty; who was waiting waits on."""
+        self.slots = slots
+        for stay in self.stays.values():
+            self._lose(stay)
+
+    def check_integrity(self, known: Collection[Hashable]) -> None:
+        """Raise SlotError unless slots, owners and what they are said to hold fit together.
+
+        `known` are the stays there may be.
+        """
+        self.slots.check_integrity()
+        if not self.stays.keys() <= set(known):
+            raise SlotError("a slot belongs to a stay that is gone")
+        leases = {key: stay.lease for key, stay in self.stays.items() if stay.lease is not None}
+        if len(leases) != self.slots.used:
+            raise SlotError("the slots in use are not those of the stays")
+        for stay in self.stays.values():
+            if stay.lease is None and stay.first < stay.reached:
+                raise SlotError("a stay without a slot is said to hold rows")
+            if not stay.first <= stay.reached <= min(stay.needed, stay.first + self._window):
+                raise SlotError("the counts of a stay do not fit")
+        if self._queued != set(self._live) | set(self._rebuild):
+            raise SlotError("a queue has lost a stay")
+
+    def _window_of(self, row: int) -> int:
+        """First row of the window that a row stands in."""
+        return row // self._window * self._window
 
     def _leave(self, key: Hashable) -> None:
         if key in self._queued:

@@ -223,6 +223,68 @@ async def test_a_cancelled_request_costs_nothing(bundle: Bundle, stay: Episode) 
 # Past views.
 
 
+async def test_a_past_view_that_nobody_waits_for_is_not_computed_further(
+    bundle: Bundle, replica: Replica, stay: Episode
+) -> None:
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        past = await held(backend, lambda: engine.submit_as_of(view_of(stay)))
+        past.cancel()
+        await asyncio.sleep(0)
+        backend.open.set()
+        short = until(stay, 3)
+        assert_same_bits(await engine.submit(view_of(short)), replica(short))
+        assert engine.status().stays == 1
+        assert engine.idle()
+    assert backend.n_rows == ROWS + 3
+
+
+async def test_requests_that_wait_together_are_read_once(
+    bundle: Bundle, replica: Replica, stay: Episode, random_episode: Stay
+) -> None:
+    backend = gate(bundle)
+    async with engine_on(bundle, backend=backend) as engine:
+        other = await held(backend, lambda: engine.submit(view_of(random_episode(2, 1))))
+        futures = [engine.submit(view_of(until(stay, n), seq=n)) for n in (2, 9, 4)]
+        backend.open.set()
+        for scores in await asyncio.gather(*futures):
+            assert scores.seq == 9
+            assert_same_bits(scores, replica(until(stay, 9)))
+        await other
+    assert backend.n_rows == 1 + 9
+
+
+async def test_what_was_handed_out_does_not_change(bundle: Bundle, stay: Episode) -> None:
+    async with engine_on(bundle) as engine:
+        before = await engine.submit(view_of(stay))
+        copy = before.embeddings.copy()
+        await engine.submit(view_of(with_value(stay, 3, 150.0), seq=2))
+        await engine.submit(view_of(until(stay, 12), seq=3))
+    assert before.embeddings.tobytes() == copy.tobytes()
+    with pytest.raises(ValueError, match="read-only"):
+        before.embeddings[0] = 0
+
+
+async def test_an_hour_that_comes_out_differently_again_is_noticed(
+    bundle: Bundle, stay: Episode, random_episode: Stay, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = CollectorRegistry()
+    backend = gate(bundle, n_slots=1)
+    async with engine_on(bundle, backend=backend, registry=registry) as engine:
+        before = await engine.submit(view_of(until(stay, 29)))
+        await engine.submit(view_of(random_episode(2, 4)))  # takes the slot
+        weight = bundle.network.model.series_encoder.series[0].weight
+        copied = backend._backend._model.series_encoder.series[0].weight
+        assert copied is not weight
+        copied.data[0] += 1
+        after = await engine.submit(view_of(stay, seq=2))
+    assert after.embeddings[:29].tobytes() != before.embeddings.tobytes()
+    labels = {"model": "", "result": "different"}
+    assert registry.get_sample_value("llm4ehr_engine_audits_total", labels) > 0
+    assert "other bits" in caplog.text
+    assert stay.episode_id not in caplog.text
+
+
 async def test_a_past_view_leaves_the_live_one_alone(
     bundle: Bundle, replica: Replica, stay: Episode
 ) -> None:
@@ -301,8 +363,7 @@ async def test_a_forgotten_stay_is_gone(bundle: Bundle, replica: Replica, stay: 
         assert_same_bits(await again, replica(until(stay, 5)))
         engine.forget(stay.episode_id)
         await engine.submit_as_of(view_of(until(stay, 1)))
-        assert engine._states == {}
-        assert engine._slots.used == 0
+        assert engine.status().slots_used == engine.status().stays == 0
 
 
 # Load.

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from service.engine.scheduler import Row, Scheduler
-from service.engine.slots import SlotTable
+from service.engine.slots import Lease, SlotError, SlotTable
 
 KEYS = st.sampled_from(["a", "b", "c", "d", "e"])
 HOURS = st.integers(0, 12)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Plays the engine. Every cell of a slot remembers whose hour was written to it, and in which
-    edition: a row may only be computed on top of the newest edition of its own stay's hours.
+    """Plays the engine. Every cell of a slot remembers whose row was written to it, and in which
+    edition: a row may only be computed on top of the newest edition of its own stay's rows, all
+    those of its window.
     """
 
-    @initialize(n_slots=st.integers(1, 3), max_rows=st.integers(1, 7))
-    def start(self, n_slots: int, max_rows: int) -> None:
+    @initialize(
+        n_slots=st.integers(1, 3),
+        max_rows=st.integers(1, 7),
+        window=st.sampled_from([2, 4, 5, 13]),
+        chained=st.booleans(),
+    )
+    def start(self, n_slots: int, max_rows: int, window: int, chained: bool) -> None:
         self.n_slots, self.max_rows = n_slots, max_rows
-        self.scheduler = Scheduler(SlotTable(n_slots))
-        self.cells: list[list[tuple[str, int, int]]] = [[] for _ in range(n_slots)]
-        self.owner: dict[int, str] = {}
+        self.window, self.chained = window, chained
+        self.scheduler = Scheduler(SlotTable(n_slots), window=window, chained=chained)
+        self.empty_slots()
         self.edition: Counter[tuple[str, int]] = Counter()
         self.valid: Counter[str] = Counter()
         self.wanted: dict[str, int] = {}  # queued stays
+
+    def empty_slots(self) -> None:
+        self.cells: dict[tuple[int, int], tuple[str, int, int]] = {}
+        self.owner: dict[int, str] = {}
 
     @rule(key=KEYS, unchanged=HOURS, n_hours=HOURS)
     def submit(self, key: str, unchanged: int, n_hours: int) -> None:
@@ -58,6 +70,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(rows) == bool(self.wanted)
         for row in rows:
             self.write(row)
+        for row in rows:  # all rows of a tick write before any of them reads
+            self.read(row)
+        assert self.chained or len({row.key for row in rows}) == len(rows)
         turns = Counter(row.key for row in rows)
         done = self.scheduler.done(rows)
         assert set(done) == {k for k in turns if self.wanted[k] == self.valid[k]}
@@ -66,24 +81,43 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.wanted[key]
 
     def write(self, row: Row) -> None:
-        key, slot, hour = row
+        key, slot, number = row
         assert key in self.wanted
         assert 0 <= slot < self.n_slots
         if (former := self.owner.get(slot)) != key:
             assert former not in self.wanted, "a slot was taken from a stay under way"
             assert key not in self.owner.values(), "a stay has two slots"
             self.owner[slot] = key
-        below = [(key, h, self.edition[key, h]) for h in range(hour)]
-        assert self.cells[slot][:hour] == below, "a row reads what is not its own, or outdated"
-        self.cells[slot] = [*below, (key, hour, self.edition[key, hour])]
-        self.valid[key] = max(self.valid[key], hour + 1)
+        self.cells[slot, number % self.window] = (key, number, self.edition[key, number])
+        assert number <= self.valid[key], "a result was skipped"
+        self.valid[key] = max(self.valid[key], number + 1)
         assert self.valid[key] <= self.wanted[key]
+
+    def read(self, row: Row) -> None:
+        key, slot, number = row
+        first = number - number % self.window
+        seen = [self.cells.get((slot, place)) for place in range(number % self.window + 1)]
+        own = [(key, r, self.edition[key, r]) for r in range(first, number + 1)]
+        assert seen == own, "a row reads what is not its own, or outdated"
+
+    @rule(fewer=st.booleans())
+    def lose_all_slots(self, fewer: bool) -> None:
+        """Out of memory: the backend goes on with other slots."""
+        self.n_slots = max(self.n_slots - fewer, 1)
+        self.scheduler.replace_slots(SlotTable(self.n_slots))
+        self.empty_slots()
+
+    @rule(key=KEYS)
+    def withdraw(self, key: str) -> None:
+        self.scheduler.withdraw(key)
+        self.wanted.pop(key, None)
 
     @precondition(lambda self: self.wanted)
     @rule()
     def everything_queued_completes(self) -> None:
         # Whoever is evicted starts again at hour 0, but nobody who is queued is ever evicted.
-        for _ in range(sum(self.wanted.values())):
+        # A window is computed again from its beginning at most.
+        for _ in range(sum(n + self.window for n in self.wanted.values())):
             if self.wanted:
                 self.tick()
         assert not self.wanted
@@ -91,7 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_right(self) -> None:
         if hasattr(self, "scheduler"):
-            self.scheduler.slots.check_integrity()
+            self.scheduler.check_integrity("abcde")
             assert self.scheduler.waiting == len(self.wanted)
 
     def teardown(self) -> None:
@@ -103,15 +137,15 @@ SchedulerMachine.TestCase.settings = settings(max_examples=300, stateful_step_co
 TestScheduler = SchedulerMachine.TestCase
 
 
-def scheduler(n_slots: int = 8) -> Scheduler:
-    return Scheduler(SlotTable(n_slots))
+def scheduler(n_slots: int = 8, **options: Any) -> Scheduler:
+    return Scheduler(SlotTable(n_slots), **{"window": 200} | options)
 
 
 def run(scheduler: Scheduler, max_rows: int) -> list[str]:
     """One tick, as text: "a0 a1 b0"."""
     rows = scheduler.next_tick(max_rows)
     scheduler.done(rows)
-    return [f"{row.key}{row.hour}" for row in rows]
+    return [f"{row.key}{row.number}" for row in rows]
 
 
 def rebuilt(*keys: str, n_slots: int = 8, n_hours: int = 6) -> Scheduler:
@@ -186,3 +220,64 @@ def test_more_stays_than_slots_wait_for_their_turn() -> None:
 
 def test_nothing_to_do_is_an_empty_tick() -> None:
     assert run(scheduler(), 4) == []
+
+
+def test_the_next_window_waits_for_the_next_tick() -> None:
+    """It would overwrite what the last rows of the former one read in the same tick."""
+    made = scheduler(window=4)
+    made.extend("a", 0, 10)
+    assert run(made, 9) == ["a0", "a1", "a2", "a3"]
+    assert run(made, 9) == ["a4", "a5", "a6", "a7"]
+    assert run(made, 9) == ["a8", "a9"]
+
+
+def test_an_evicted_window_alone_begins_again() -> None:
+    made = scheduler(n_slots=1, window=4)
+    made.extend("a", 0, 6)
+    while made.waiting:
+        run(made, 9)
+    made.extend("b", 0, 1)
+    run(made, 9)
+    made.extend("a", 6, 7)
+    assert run(made, 9) == ["a4", "a5", "a6"]
+    made.crop("a", 3)
+    made.extend("a", 3, 7)
+    assert run(made, 9) == ["a0", "a1", "a2", "a3"]
+
+
+def test_without_chains_a_stay_has_one_row_a_tick() -> None:
+    made = scheduler(chained=False)
+    for key in "ab":
+        made.extend(key, 0, 3)
+    assert [run(made, 9) for _ in range(3)] == [["a0", "b0"], ["b1", "a1"], ["a2", "b2"]]
+
+
+def test_the_check_finds_what_does_not_fit_together() -> None:
+    def damaged() -> Scheduler:
+        made = rebuilt("a", "b")
+        run(made, 16)
+        made.check_integrity("ab")
+        return made
+
+    with pytest.raises(SlotError):
+        damaged().check_integrity("a")
+    made = damaged()
+    made.stays["a"].lease = None
+    with pytest.raises(SlotError):
+        made.check_integrity("ab")
+    made = damaged()
+    made.stays["a"].reached += 1
+    with pytest.raises(SlotError):
+        made.check_integrity("ab")
+    made = damaged()
+    made._queued.add("a")
+    with pytest.raises(SlotError):
+        made.check_integrity("ab")
+
+
+def test_a_slot_of_another_version_is_not_written() -> None:
+    made = rebuilt("a")
+    run(made, 2)
+    made.slots._owned["a"] = Lease(0, 7)
+    with pytest.raises(SlotError):
+        made.next_tick(2)
