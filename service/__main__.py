@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-import uvicorn
 from pydantic import ValidationError
 
 from llm4ehr.bundle import BundleError, load_bundle
 from llm4ehr.store import StoreError
 from service.batch import score_store
-from service.engine.backends.torch_cpu import RowDependenceError
+from service.engine.backends.base import RowDependenceError
 from service.log.base import LogUnavailable
 from service.replay import replay
 from service.runtime import build_app
+from service.server import FATAL_STATUS, Server
 from service.settings import PREFIX, Settings
 
 DEMO_STORE = Path(__file__).parent / "demo" / "store"
@@ -66,24 +66,19 @@ def _serve(a: argparse.Namespace) -> None:
             _run(settings, demo.begin_when_started)
 
 
-def _run(settings: Settings, beside: Callable[[uvicorn.Server], None] | None = None) -> None:
-    # uvicorn shuts down gracefully on SIGTERM, then raises the signal again for the handler that
-    # was there before: being told to stop and stopping is a success.
+def _run(settings: Settings, beside: Callable[[Server], None] | None = None) -> None:
+    # The server stops in order on SIGTERM, then raises the signal again for the handler that was
+    # there before: being told to stop and stopping is a success.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    config = uvicorn.Config(
-        build_app(settings),
-        host=settings.host,
-        port=settings.port,
-        # Request lines name episodes; metrics count requests without naming anybody.
-        access_log=False,
-        timeout_graceful_shutdown=20,
-    )
-    server = uvicorn.Server(config)
+    fatal = threading.Event()
+    server = Server(build_app(settings, on_fatal=lambda error: fatal.set()), settings, fatal)
     if beside is not None:
         beside(server)
     server.run()
     if not server.started:
         raise OSError(f"the service could not start on {settings.host}:{settings.port}")
+    if server.failed:
+        sys.exit(FATAL_STATUS)
 
 
 class _Replay:
@@ -97,7 +92,7 @@ class _Replay:
         self._process: subprocess.Popen[bytes] | None = None
         self._over = threading.Event()
 
-    def begin_when_started(self, server: uvicorn.Server) -> None:
+    def begin_when_started(self, server: Server) -> None:
         """Start once this very server listens: another one may be on the port already."""
 
         def wait() -> None:

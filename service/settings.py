@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     """How long a service that was told to stop still answers while it says that it is not ready."""
 
     drain_timeout_seconds: Annotated[int, Field(ge=1)] = 20
-    """How long running requests may take after that."""
+    """After so long the process ends, whatever is left to do."""
 
     tracing: Literal["none", "console", "otlp"] = "none"
     """Where OpenTelemetry spans go."""
@@ -116,6 +116,12 @@ class Settings(BaseSettings):
         )
         if unknown:
             raise ValueError(f"unknown environment variables: {', '.join(unknown)}")
+        return self
+
+    @model_validator(mode="after")
+    def _leave_time_to_stop(self) -> Self:
+        if self.drain_grace_seconds >= self.drain_timeout_seconds:
+            raise ValueError(f"{PREFIX}DRAIN_GRACE_SECONDS must be less than the drain timeout")
         return self
 
     @property

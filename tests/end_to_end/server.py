@@ -52,12 +52,19 @@ class Server:
     """
 
     def __init__(
-        self, repository: Path, folder: Path, *arguments: str, port: int | None = None
+        self,
+        repository: Path,
+        folder: Path,
+        *arguments: str,
+        port: int | None = None,
+        **settings: Any,
     ) -> None:
         self.port = port or free_port()
         self.log_path = folder / "log.sqlite"
         self._folder, self._arguments = folder, arguments
-        self._environment = environment(repository, port=self.port, log_path=self.log_path)
+        self._environment = environment(
+            repository, port=self.port, log_path=self.log_path, **settings
+        )
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
@@ -119,11 +126,20 @@ class Server:
             return False
         return True
 
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Until it has ended; returns the exit status."""
+        assert self._process is not None
+        return self._process.wait(PATIENCE_S)
+
     def terminate(self) -> int:
         """SIGTERM; returns the exit status."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(PATIENCE_S)
+        self.tell(signal.SIGTERM)
+        return self.wait()
 
     @property
     def output(self) -> str:
