@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         # The settings that are right may hold what does not belong on a terminal.
         for wrong in error.errors(include_input=False, include_url=False):
-            name = "".join(f"{PREFIX}{part}".upper() for part in wrong["loc"])
+            # A name from a file of settings carries the prefix already.
+            parts = (str(part).upper().removeprefix(PREFIX) for part in wrong["loc"])
+            name = "".join(f"{PREFIX}{part}" for part in parts)
             print(f"error: {name} {wrong['msg']}", file=sys.stderr)
         return 1
     except (BundleError, StoreError, LogUnavailable, RowDependenceError, OSError, ValueError) as e:

@@ -134,7 +134,7 @@ class FakeEngine:
         self.submitted: list[tuple[str, int, int]] = []
         self.past: list[tuple[str, int, int]] = []
         self.forgotten: list[str] = []
-        self._waiting: deque[tuple[EpisodeView, int, asyncio.Future[Scores]]] = deque()
+        self.waiting: deque[tuple[EpisodeView, int, asyncio.Future[Scores]]] = deque()
 
     def submit(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
         self._check()
@@ -151,12 +151,12 @@ class FakeEngine:
     def release(self) -> None:
         """Answer what waits. As the engine may, it answers all of an episode with the newest."""
         newest: dict[str, tuple[EpisodeView, int]] = {}
-        for view, n, _ in self._waiting:
+        for view, n, _ in self.waiting:
             kept = newest.get(view.episode_id)
             if kept is None or view.seq >= kept[0].seq:
                 newest[view.episode_id] = (view, n)
-        while self._waiting:
-            view, _, future = self._waiting.popleft()
+        while self.waiting:
+            view, _, future = self.waiting.popleft()
             if not future.done():
                 future.set_result(fake_scores(*newest[view.episode_id]))
 
@@ -181,7 +181,7 @@ class FakeEngine:
         if self.broken:
             future.set_exception(RuntimeError(self.secret))
         elif self.held:
-            self._waiting.append((view, n, future))
+            self.waiting.append((view, n, future))
         else:
             loop.call_soon(lambda: future.done() or future.set_result(fake_scores(view, n)))
         return future
