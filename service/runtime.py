@@ -48,8 +48,9 @@ def build_app(
     # Also warms up: the first forward passes allocate and choose kernels.
     backend.tick_sizes = agreeing_sizes(backend, bundle.network, settings.engine_rows)
     registry = CollectorRegistry()
+    metrics = EngineMetrics(registry, settings.bundle)
     engine = OnlineEngine(
-        bundle, backend, EngineMetrics(registry), max_pending=settings.max_pending
+        bundle, backend, metrics, max_pending=settings.max_pending, on_fatal=on_fatal
     )
     app = create_app(
         settings,
@@ -58,6 +59,7 @@ def build_app(
             engine=engine,
             vocabulary=bundle.network.vocabulary,
             registry=registry,
+            retry_after_s=metrics.retry_after_s,
         ),
     )
     serve = app.router.lifespan_context

@@ -7,7 +7,7 @@ observes through its own `EngineMetrics`, whose samples carry the model version 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -94,7 +94,7 @@ class EngineMetrics:
         self._seconds_per_row = 0.0
         self._n_pending_rows = 0
         # Looked up once: by labels it takes as long as the observation itself.
-        self.queue_seconds = of.queue.labels(model)
+        self._queue = of.queue.labels(model)
         self._answer = of.answer.labels(model)
         self._tick = {kind: of.tick.labels(model, kind) for kind in get_args(TickKind)}
         self._tick_rows = {kind: of.tick_rows.labels(model, kind) for kind in get_args(TickKind)}
@@ -108,10 +108,6 @@ class EngineMetrics:
         self._out_of_memory = of.out_of_memory.labels(model)
         self._model_faults = of.model_faults.labels(model)
         self._audits = {same: of.audits.labels(model, r) for same, r in _RESULTS.items()}
-        self.step_seconds, self.batch_rows = self._tick["hours"], self._tick_rows["hours"]
-        self.pending, self.evictions = self._pending_stays, self._evictions
-        self.slots = _Labelled(self._slots)
-        self.rows = _Labelled({"new": self._rows["new"], "again": self._rows["rebuild"]})
 
     def of(self, model: str) -> EngineMetrics:
         """The metrics of another engine of the same process."""
@@ -119,7 +115,7 @@ class EngineMetrics:
 
     def waited(self, seconds: float) -> None:
         """The first tick with a row of a submitted stay has ended, so long after submission."""
-        self.queue_seconds.observe(seconds)
+        self._queue.observe(seconds)
 
     def answered(self, seconds: float) -> None:
         """A submitted stay has its scores, so long after submission."""
@@ -176,13 +172,3 @@ class EngineMetrics:
 
 
 _RESULTS = {True: "equal", False: "different"}
-
-
-class _Labelled:
-    """Children by the value of their last label."""
-
-    def __init__(self, children: dict[Any, Any]) -> None:
-        self._children = children
-
-    def labels(self, value: str) -> Any:
-        return self._children[value]
