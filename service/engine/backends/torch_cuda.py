@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -225,13 +224,8 @@ class TorchCudaBackend:
     def _mirror(self, *shape: int, dtype: torch.dtype = torch.float32) -> Mirror:
         return Mirror(*shape, dtype=dtype, device=self._device)
 
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        if self._cuda is None:
-            yield
-        else:
-            with torch.cuda.stream(self._cuda.stream):
-                yield
+    def _on_stream(self) -> torch.cuda.StreamContext:
+        return torch.cuda.stream(self._cuda.stream if self._cuda else None)
 
 
 class _Graphs:
