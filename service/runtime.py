@@ -13,9 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from llm4ehr.bundle import Bundle, load_bundle
 from service.api.app import Dependencies, create_app
-from service.engine.backends.shapes import slots_for
-from service.engine.backends.torch_cpu import TorchCpuBackend
-from service.engine.backends.verify import agreeing_sizes
+from service.engine.backends.factory import make_backend
 from service.engine.engine import OnlineEngine
 from service.engine.metrics import EngineMetrics
 from service.log.sqlite import SqliteLog
@@ -35,18 +33,13 @@ def build_app(
 
     `on_fatal` is called, on any thread, when only a new process can help.
 
-    Raises BundleError, RowDependenceError, LogUnavailable.
+    Raises BundleError, RowDependenceError, LogUnavailable, and ValueError for a backend that is not
+    there.
     """
     # One core is left to the event loop and the log.
     torch.set_num_threads(settings.torch_threads or max((os.cpu_count() or 2) - 1, 1))
     bundle = open_bundle(settings)
-    backend = TorchCpuBackend(
-        bundle.network,
-        n_slots=slots_for(bundle.network, settings.kv_memory_mib << 20),
-        max_rows=settings.engine_rows,
-    )
-    # Also warms up: the first forward passes allocate and choose kernels.
-    backend.tick_sizes = agreeing_sizes(backend, bundle.network, settings.engine_rows)
+    backend = make_backend(bundle, settings)
     registry = CollectorRegistry()
     metrics = EngineMetrics(registry, settings.bundle)
     engine = OnlineEngine(

@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     bundle: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[1-9][0-9]*$")] = "llm4ehr/1"
     """Which model answers, as NAME/VERSION within the repository."""
 
+    backend: Literal["torch-cpu", "torch-cuda", "onnx-cpu", "onnx-cuda"] = "torch-cpu"
+    """Where and with what the network is computed."""
+
     kv_memory_mib: Annotated[int, Field(ge=1)] = 512
     """Memory for the live states of stays. What does not fit is rebuilt from the log on demand."""
 
