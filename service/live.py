@@ -1,15 +1,20 @@
-"""The newest scores of every episode: asked of the engine after each write, kept for readers."""
+"""The newest scores of every episode by one model: asked of its engine, kept for readers.
+
+The model that answers is asked after each write. Another one that is loaded, and every model after
+a start, catches up beside it: a bounded number of stays at a time, those written to last first.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from service.core import Engine, EpisodeView, Overloaded, Scores
+from service.core import Engine, EngineStopped, EpisodeView, Overloaded, Scores
 from service.log.base import EventLog, LogUnavailable
 from service.settings import Settings
 from service.state import EpisodeState, Scored, Summary, summarise
@@ -34,40 +39,77 @@ class Load(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Submission:
-    """What the engine was last asked for."""
+    """What the engine was last asked for, and when the oldest write it answers was acknowledged."""
 
     view: EpisodeView
     n_hours: int
     future: asyncio.Future[Scores]
+    written: float | None
 
 
 class LiveScores:
-    """Keeps scores up with the log. Scores are a cache: whatever is missing is asked for again."""
+    """Keeps the scores of one model up with the log. Scores are a cache: whatever is missing is
+    asked for again.
 
-    def __init__(self, *, engine: Engine, settings: Settings, load: Load, log: EventLog) -> None:
-        self._engine = engine
+    Only a model that `leads` is asked at once after a write; the scores of another one follow.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        settings: Settings,
+        load: Load,
+        log: EventLog,
+        leads: bool = True,
+        on_published: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.engine = engine
+        self.leads = leads
+        self.on_scored: Callable[[Scored], None] = lambda scored: None
+        """Called with the first scores of every new entry."""
+        self._digest = engine.bundle.digest
         self._enabled = settings.scoring_enabled
         self._lateness = settings.allowed_lateness
+        self._at_a_time = settings.engine_rows  # enough to fill every tick
         self._load = load
         self._log = log
+        self._on_published = on_published
         self._submissions: dict[str, _Submission] = {}
         self._summaries: dict[str, Summary] = {}
         self._behind: dict[str, None] = {}
         self._wake = asyncio.Event()
+        self._seen = asyncio.Event()
+        self._warm = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.complete = False
-        """Whether every episode in the log has been seen since the start."""
+        self._stopped = False
+        self.to_score, self.n_scored = 0, 0
+        """Stays that the catch-up after the start has, and those it is done with."""
 
-    def start(self) -> None:
-        """Begin to read what is in the log and to score the open stays, newest activity first."""
-        self._task = asyncio.create_task(self._catch_up())
+    def start(self, after: LiveScores | None = None) -> None:
+        """Begin to score the open stays that are in the log, newest activity first.
+
+        With `after` once that model has seen the log, which is not read again.
+        """
+        self._task = asyncio.create_task(self._keep_up(after))
         self._task.add_done_callback(_report)
 
     async def stop(self) -> None:
+        """Ask for nothing more; what comes back from now on is not kept."""
+        self._stopped = True
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+
+    @property
+    def complete(self) -> bool:
+        """Whether every episode in the log has been seen since the start."""
+        return self._seen.is_set()
+
+    async def warm(self) -> None:
+        """Wait until every stay that was open at the start has its scores."""
+        await self._warm.wait()
 
     @property
     def summaries(self) -> Iterable[Summary]:
@@ -83,8 +125,12 @@ class LiveScores:
         previous = self._summaries.get(view.episode_id)
         if previous is None or view.seq >= previous.seq:
             self._summaries[view.episode_id] = summarise(
-                view, previous, state.scored, self._lateness
+                view, previous, self.kept(state), self._lateness
             )
+
+    def kept(self, state: EpisodeState) -> Scored | None:
+        """What is kept of the scores of a stay."""
+        return state.scored.get(self._digest)
 
     def changed(self, state: EpisodeState) -> None:
         """Take notice of a write and have the episode scored. Never waits and never fails: what was
@@ -94,10 +140,18 @@ class LiveScores:
         view = state.view
         if view.deleted:
             self._submissions.pop(view.episode_id, None)
-            self._engine.forget(view.episode_id)
-        elif self._enabled and view.head_hour >= 0 and not self._offer(state):
+            self.engine.forget(view.episode_id)
+        elif self._enabled and view.head_hour >= 0:
+            if self.leads and self._offer(state, written=time.perf_counter()):
+                return
             self._behind[view.episode_id] = None
             self._wake.set()
+
+    def again(self, state: EpisodeState) -> None:
+        """Forget what is held of a stay, and have it scored anew."""
+        state.scored.pop(self._digest, None)
+        self.engine.forget(state.episode_id)
+        self.changed(state)
 
     async def newest(self, state: EpisodeState, n_hours: int) -> Scored:
         """Scores of the state's last entry or a later one, for at least `n_hours` hours.
@@ -106,7 +160,7 @@ class LiveScores:
         """
         seq = state.seq
         for _ in range(_MAX_TRIES):
-            scored = state.scored
+            scored = self.kept(state)
             if scored and scored.view.seq >= seq and len(scored.scores.hours) >= n_hours:
                 return scored
             pending = self._submissions.get(state.episode_id)
@@ -114,35 +168,51 @@ class LiveScores:
                 pending = self._submit(state, n_hours)
             await asyncio.wait([pending.future])
             if not pending.future.cancelled():
-                scores = pending.future.result()
-                if scores.seq == pending.view.seq:
+                scores = self._result(pending, state)
+                if scores is not None and scores.seq == pending.view.seq:
                     return Scored(view=pending.view, scores=scores)
             # Overtaken by a newer entry: its scores will do as well.
             state = await self._load(state.episode_id) or state
         raise Overloaded
 
+    def _result(self, pending: _Submission, state: EpisodeState) -> Scores | None:
+        """The scores; None if the stay was forgotten to be computed anew. Raises as the engine."""
+        try:
+            return pending.future.result()
+        except EngineStopped:
+            if not self.engine.alive() or state.view.deleted:
+                raise
+            return None
+
     async def of_past(self, state: EpisodeState, view: EpisodeView, n_hours: int) -> Scored:
         """Scores of exactly this view. Raises Overloaded."""
-        scored = state.scored
+        scored = self.kept(state)
         if scored and scored.view.seq == view.seq and len(scored.scores.hours) >= n_hours:
             return Scored(view=view, scores=scored.scores)
-        return Scored(view=view, scores=await self._engine.submit_as_of(view, n_hours))
+        return Scored(view=view, scores=await self.engine.submit_as_of(view, n_hours))
 
-    def _offer(self, state: EpisodeState) -> bool:
-        """Submit if the engine has room; False if it has none now."""
+    def _offer(
+        self, state: EpisodeState, written: float | None = None
+    ) -> asyncio.Future[Scores] | bool:
+        """Submit if the engine has room; False if it has none now, True if it takes nothing."""
         try:
-            self._submit(state, 0)
+            return self._submit(state, 0, written).future
         except Overloaded:
             return False
         except Exception as error:
             # A dead engine shows in its health; a reader will meet the same error.
             _logger.error("the engine takes nothing: %s", type(error).__name__)
-        return True
+            return True
 
-    def _submit(self, state: EpisodeState, n_hours: int) -> _Submission:
+    def _submit(
+        self, state: EpisodeState, n_hours: int, written: float | None = None
+    ) -> _Submission:
         view = state.view
         n_hours = max(n_hours, view.head_hour + 1)
-        submission = _Submission(view, n_hours, self._engine.submit(view, n_hours))
+        overtaken = self._submissions.get(view.episode_id)
+        if overtaken is not None and overtaken.written is not None:
+            written = overtaken.written
+        submission = _Submission(view, n_hours, self.engine.submit(view, n_hours), written)
         self._submissions[view.episode_id] = submission
         submission.future.add_done_callback(lambda _: self._scored(state, submission))
         return submission
@@ -155,32 +225,57 @@ class LiveScores:
         if future.cancelled():
             return
         if (error := future.exception()) is not None:
-            _logger.error("scoring failed: %s", type(error).__name__)
+            if not self._stopped:
+                _logger.error("scoring failed: %s", type(error).__name__)
             return
         scores = future.result()
-        if scores.seq != view.seq:  # overtaken: the newer submission brings its own result
+        if self._stopped or scores.seq != view.seq:  # overtaken: the newer one brings its own
             return
-        kept = state.scored
-        if kept is None or (scores.seq, len(scores.hours)) >= (
+        kept = self.kept(state)
+        if kept is not None and (scores.seq, len(scores.hours)) < (
             kept.scores.seq,
             len(kept.scores.hours),
         ):
-            state.scored = Scored(view=view, scores=scores)
-            if view.episode_id in self._summaries:  # not deleted meanwhile
-                self.note(state)
+            return
+        scored = state.scored[self._digest] = Scored(view=view, scores=scores)
+        if view.episode_id in self._summaries:  # not deleted meanwhile
+            self.note(state)
+        if submission.written is not None:
+            self._on_published(time.perf_counter() - submission.written)
+        if kept is None or kept.scores.seq < scores.seq:
+            self.on_scored(scored)
 
-    async def _catch_up(self) -> None:
-        """Score every open stay once after a start, then those the engine had no room for."""
-        for episode_id in await self._all_episodes():
-            await self._revisit(episode_id)
-        self.complete = True
+    async def _keep_up(self, after: LiveScores | None) -> None:
+        """Score every open stay once after a start, then those that changed and were not asked."""
+        episode_ids = await self._all_episodes() if after is None else await self._take_over(after)
+        self.to_score = len(episode_ids)
+        in_flight = await self._score(iter(episode_ids), self._count)
+        self._seen.set()
+        if in_flight:
+            await asyncio.wait(in_flight)
+        self._warm.set()
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._behind:
-                episode_id = next(iter(self._behind))
-                del self._behind[episode_id]
-                await self._revisit(episode_id)
+            await self._score(self._oldest_behind(), lambda: None)
+
+    def _count(self) -> None:
+        self.n_scored += 1
+
+    def _oldest_behind(self) -> Iterator[str]:
+        while self._behind:
+            episode_id = next(iter(self._behind))
+            del self._behind[episode_id]
+            yield episode_id
+
+    async def _take_over(self, after: LiveScores) -> list[str]:
+        """What another model has seen of the log; returns the open stays."""
+        await after._seen.wait()
+        for episode_id, summary in after._summaries.items():
+            if episode_id not in self._summaries:
+                self._summaries[episode_id] = replace(summary, latest=None, scored_seq=None)
+        newest_first = sorted(self._summaries.values(), key=lambda s: s.updated_at, reverse=True)
+        return [s.episode_id for s in newest_first if s.discharged_at is None and s.head_hour >= 0]
 
     async def _all_episodes(self) -> list[str]:
         while True:
@@ -190,7 +285,24 @@ class LiveScores:
                 _logger.warning("the log cannot be read; trying again")
                 await asyncio.sleep(_LOG_PAUSE_S)
 
-    async def _revisit(self, episode_id: str) -> None:
+    async def _score(
+        self, episode_ids: Iterator[str], done: Callable[[], None]
+    ) -> set[asyncio.Future[Scores]]:
+        """Have stays scored, so many at a time; returns what is still under way at the end."""
+        in_flight: set[asyncio.Future[Scores]] = set()
+        for episode_id in episode_ids:
+            if len(in_flight) >= self._at_a_time:
+                _, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+            future = await self._revisit(episode_id)
+            if future is None:
+                done()
+            else:
+                future.add_done_callback(lambda _: done())
+                in_flight.add(future)
+        return in_flight
+
+    async def _revisit(self, episode_id: str) -> asyncio.Future[Scores] | None:
+        """Have a stay scored if it is open and its scores are not there; None if they are."""
         while True:
             try:
                 state = await self._load(episode_id, evict=False)
@@ -198,13 +310,17 @@ class LiveScores:
                 await asyncio.sleep(_LOG_PAUSE_S)
                 continue
             if state is None:
-                return
+                return None
             self.note(state)
-            view = state.view
+            view, kept = state.view, self.kept(state)
             open_ = not view.deleted and view.discharged_at is None and view.head_hour >= 0
-            up_to_date = state.scored is not None and state.scored.view.seq == view.seq
-            if not self._enabled or not open_ or up_to_date or self._offer(state):
-                return
+            if not self._enabled or not open_ or (kept and kept.view.seq == view.seq):
+                return None
+            asked = self._submissions.get(episode_id)
+            if asked is not None and asked.view.seq == view.seq:
+                return asked.future
+            if (offered := self._offer(state)) is not False:
+                return None if offered is True else offered
             await asyncio.sleep(_ENGINE_PAUSE_S)
 
 

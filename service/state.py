@@ -35,7 +35,8 @@ class EpisodeState:
         self.entries: list[Entry] = []
         self.by_id: dict[str, Entry] = {}
         self.by_content: dict[str, Entry] = {}
-        self.scored: Scored | None = None
+        self.scored: dict[str, Scored] = {}
+        """What each loaded model last made of it, by the digest of its bundle."""
         self._view: EpisodeView | None = None
         self.extend(entries)
 
@@ -105,6 +106,16 @@ class StateCache:
             oldest, _ = self._states.popitem(last=False)
             self._total -= self._sizes.pop(oldest)
         return state
+
+    def drop(self, episode_id: str) -> None:
+        """Keep nothing of an episode: it is read again when it is asked for."""
+        if self._states.pop(episode_id, None) is not None:
+            self._total -= self._sizes.pop(episode_id)
+
+    def forget_scores(self, digest: str) -> None:
+        """Keep no score of the model with this digest."""
+        for state in self._states.values():
+            state.scored.pop(digest, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -337,7 +337,7 @@ async def test_a_cancelled_computation_is_asked_for_again(client: Client) -> Non
     await client.post(admitted_at=stamp(0), observations=[hr(60)])
     reading = asyncio.create_task(client.risk())
     await client.settle()
-    client.engine._waiting.popleft()[2].cancel()
+    client.engine.waiting.popleft()[2].cancel()
     await client.settle()
     assert len(client.engine.submitted) == 2
     client.engine.release()
