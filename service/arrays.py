@@ -1,0 +1,96 @@
+"""Items of an episode as the arrays that the model reads, sorted by content.
+
+Equal facts give equal arrays, in whatever order and portions they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm4ehr.episode import Episode
+from llm4ehr.variables import VARIABLE_INDEX, UnitError
+from service.units import EventVocabulary, convert_event
+
+Units = tuple[str | None, ...]
+Payload = Mapping[str, Any]
+
+
+def with_observations(
+    episode: Episode, payloads: Sequence[Payload], hours: NDArray[np.float64]
+) -> Episode:
+    """The episode with further observations, recorded later than those in it."""
+    if not payloads:
+        return episode
+    place = _place(episode.obs_hours, hours)
+    hours = np.concatenate([episode.obs_hours[place:], hours])
+    variable = _appended(
+        episode.obs_variable[place:], (VARIABLE_INDEX[p["variable"]] for p in payloads)
+    )
+    priority = _appended(episode.obs_priority[place:], (p["priority"] for p in payloads))
+    value = _appended(episode.obs_value[place:], (p["value"] for p in payloads))
+    order = np.lexsort((value, priority, variable, hours))
+    return replace(
+        episode,
+        obs_hours=np.concatenate([episode.obs_hours[:place], hours[order]]),
+        obs_variable=np.concatenate([episode.obs_variable[:place], variable[order]]),
+        obs_priority=np.concatenate([episode.obs_priority[:place], priority[order]]),
+        obs_value=np.concatenate([episode.obs_value[:place], value[order]]),
+    )
+
+
+def with_events(
+    episode: Episode, units: Units, payloads: Sequence[Payload], hours: NDArray[np.float64]
+) -> tuple[Episode, Units]:
+    """The episode and the units of its events with further events, recorded later."""
+    if not payloads:
+        return episode, units
+    place = _place(episode.ev_hours, hours)
+    hours = np.concatenate([episode.ev_hours[place:], hours])
+    code = _appended(episode.ev_code[place:], (p["code"] for p in payloads))
+    value = _appended(
+        episode.ev_value[place:], (np.nan if p["value"] is None else p["value"] for p in payloads)
+    )
+    later = [*units[place:], *(p["unit"] for p in payloads)]
+    said = np.array([unit or "" for unit in later], dtype=np.str_)
+    order = np.lexsort((said, value, code.astype(str), hours))
+    episode = replace(
+        episode,
+        ev_hours=np.concatenate([episode.ev_hours[:place], hours[order]]),
+        ev_code=np.concatenate([episode.ev_code[:place], code[order]]),
+        ev_value=np.concatenate([episode.ev_value[:place], value[order]]),
+    )
+    return episode, units[:place] + tuple([later[i] for i in order.tolist()])
+
+
+def in_units_of(vocabulary: EventVocabulary, episode: Episode, units: Units) -> Episode:
+    """The episode with event values in the units of a vocabulary; NaN if they do not convert."""
+    codes = episode.ev_code.tolist()
+    wanted: dict[str, str] = {}
+    for code in set(codes):
+        entry = vocabulary.entry(code)
+        if entry is not None and entry.unit is not None:
+            wanted[code] = entry.unit
+    value = episode.ev_value.copy()
+    for i, (code, unit) in enumerate(zip(codes, units, strict=True)):
+        to = wanted.get(code, unit)
+        if to == unit or to is None or np.isnan(value[i]):
+            continue
+        try:
+            value[i] = convert_event(code, float(value[i]), unit, to)
+        except UnitError:
+            value[i] = np.nan
+    return replace(episode, ev_value=value)
+
+
+def _place(hours: NDArray[np.float64], new: NDArray[np.float64]) -> int:
+    """Where the rows begin that have to be sorted with the new ones."""
+    return int(np.searchsorted(hours, new.min()))
+
+
+def _appended(old: NDArray[Any], new: Iterable[Any]) -> NDArray[Any]:
+    return np.concatenate([old, np.array(list(new), dtype=old.dtype)])
