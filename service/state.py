@@ -16,6 +16,8 @@ from service.core import (
     episode_at,
     hour_status,
 )
+from service.entries import ITEM_KINDS
+from service.projection import extended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,11 @@ class EpisodeState:
         self.by_content: dict[str, Entry] = {}
         self.scored: dict[str, Scored] = {}
         """What each loaded model last made of it, by the digest of its bundle."""
+        self._named: set[str] = set()
+        """Ids of items that some entry corrects or withdraws."""
         self._view: EpisodeView | None = None
+        self._fresh: list[Entry] = []
+        """Entries that stand alone and are not in `_view` yet."""
         self.extend(entries)
 
     @property
@@ -53,6 +59,9 @@ class EpisodeState:
         """The episode as it stands."""
         if self._view is None:
             self._view = episode_at(self.entries)
+        elif self._fresh:
+            self._view = extended(self._view, self._fresh)
+        self._fresh = []
         return self._view
 
     def extend(self, entries: Sequence[Entry]) -> None:
@@ -63,11 +72,24 @@ class EpisodeState:
                 continue
             if entry.seq != seq + 1:
                 raise ValueError("a gap between entries")
+            if self._view is not None:
+                if self._stands_alone(entry):
+                    self._fresh.append(entry)
+                else:
+                    self._view = None
             self.entries.append(entry)
             if entry.item_id is not None:
                 self.by_id[entry.item_id] = entry
                 self.by_content.setdefault(entry.payload["content"], entry)
-            self._view = None
+            if entry.target is not None:
+                self._named.add(entry.target)
+
+    def _stands_alone(self, entry: Entry) -> bool:
+        """Whether an entry is an item that neither changes nor resembles what is held."""
+        if entry.kind not in ITEM_KINDS or entry.target is not None:
+            return False
+        content = entry.payload["content"]
+        return content not in self.by_content and not {entry.item_id, content} & self._named
 
 
 class StateCache:
