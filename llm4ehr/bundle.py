@@ -80,7 +80,17 @@ class Network:
         longest = self.preprocessing.max_hours + (prompt.length if prompt else 0)
         if window is not None and longest > window + 1:
             return "the backbone attends to fewer hours than a stay may have"
+        if window is not None and self._longest_event_pass > window + 1:
+            return "the backbone attends to fewer event tokens than are read at once"
         return None
+
+    @property
+    def _longest_event_pass(self) -> int:
+        """Tokens that the event pass reads at once, the begin token included."""
+        model = self.model
+        if model.config.events != "stream":
+            return 0
+        return len(model.begin) + (model.config.event_window or model.max_tokens)
 
     @property
     def preprocessing_digest(self) -> str:

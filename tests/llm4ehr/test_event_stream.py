@@ -207,11 +207,14 @@ def test_scores_of_a_stream_do_not_depend_on_company_or_future(
 def test_what_a_stream_needs_to_be_causal_and_to_be_served(tiny_network: Make) -> None:
     network = tiny_network(events="stream")
     assert network.causal
-    assert "events: stream" in str(network.not_online)
+    assert network.not_online is None
     last = replace(network.preprocessing, dedupe="episode_last")
     assert not replace(network, preprocessing=last).causal
     assert replace(tiny_network(), preprocessing=last).causal  # its tokens serve no head
-    assert tiny_network().not_online is None
+    # The window of a Longformer of 256 tokens on either side, and the token itself.
+    for event_window, served in ((256, True), (258, False), (None, False)):
+        narrow = tiny_network("longformer", events="stream", event_window=event_window)
+        assert (narrow.not_online is None) == served
 
 
 def test_a_config_with_a_stream_survives_json(tiny_network: Make) -> None:

@@ -43,9 +43,16 @@ class Graph:
 
 
 def graphs_of(network: Network) -> list[Graph]:
-    """The graphs that can be made of a network: `sequence`, and `step` if it can run online."""
+    """The graphs that can be made of a network: `sequence`, and `step` unless `no_step`."""
     graphs = [_sequence(network)]
-    return graphs if network.not_online else [*graphs, _step(network)]
+    return graphs if no_step(network) else [*graphs, _step(network)]
+
+
+def no_step(network: Network) -> str | None:
+    """Why a network has no graph of a single hour; None if it has."""
+    if network.model.config.events == "stream":
+        return "this network reads events as a second stream (events: stream) beside the hours"
+    return network.not_online
 
 
 def _sequence(network: Network) -> Graph:

@@ -20,7 +20,7 @@ from training.config import FinetuneConfig, PromptTuning, SourceConfig
 from training.evaluation.evaluate import load_scorer
 from training.evaluation.scorer import Scorer
 from training.export.card import Provenance, model_card
-from training.export.graphs import graphs_of
+from training.export.graphs import graphs_of, no_step
 from training.export.triton import check_layout, write_layout
 from training.sources import open_sources
 
@@ -154,8 +154,8 @@ def _write_onnx(scorer: Scorer, sources: Sequence[SourceConfig], folder: Path) -
         for inputs, largest in of.items():
             shown = ", ".join(f"{what} {value:.1e}" for what, value in largest.items())
             print(f"{file}: largest difference from torch on {inputs}: {shown}")
-    if network.not_online:
-        print(f"step.onnx: not made, {network.not_online}")
+    if reason := no_step(network):
+        print(f"step.onnx: not made, {reason}")
     return {
         "max_difference": differences,
         "stays": len(stays),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from service.engine.backends.slot_kernel import SlotKernel
+from service.engine.backends.slot_kernel import SlotKernel, check_rows
 
 ATTENTION = "llm4ehr_slots"
 
@@ -81,6 +81,8 @@ class SlotCache(Cache):
         self._lengths = [self.n_first + hour + 1 for hour in hours]
         if self._kernel is not None:
             self._kernel.begin(self._slots, self._lengths, n_rows)
+        else:
+            check_rows(self.keys[0].shape, self._slots, self._lengths, n_rows)
         return torch.tensor([*hours] + [0] * (n_rows - len(hours)))[:, None]
 
     def update(

@@ -88,13 +88,8 @@ class SlotKernel:
         A length counts the position that a row writes. Raises ValueError for a row outside the
         pools.
         """
-        n_slots, groups, positions, size = self._shape
-        if not (
-            len(slots) == len(lengths) <= n_rows
-            and all(0 <= slot < n_slots for slot in slots)
-            and all(0 < length <= positions for length in lengths)
-        ):
-            raise ValueError("a row outside the slots")
+        _, groups, _, size = self._shape
+        check_rows(self._shape, slots, lengths, n_rows)
         self._index = torch.tensor([*slots, *lengths])
         rows, n = self._rows, len(slots)
         rows.slots = self._index.data_ptr()
@@ -129,6 +124,19 @@ class SlotKernel:
             v.data_ptr(), v.stride(0), v.stride(1), out.data_ptr(),
         )  # fmt: skip
         return out
+
+
+def check_rows(
+    shape: Sequence[int], slots: Sequence[int], lengths: Sequence[int], n_rows: int
+) -> None:
+    """Raise ValueError unless all rows lie in pools [slots, groups, positions, D]."""
+    n_slots, _, positions, _ = shape
+    if not (
+        len(slots) == len(lengths) <= n_rows
+        and all(0 <= slot < n_slots for slot in slots)
+        and all(0 < length <= positions for length in lengths)
+    ):
+        raise ValueError("a row outside the slots")
 
 
 def _plain(tensor: Tensor) -> bool:
