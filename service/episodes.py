@@ -79,6 +79,11 @@ class EpisodeService:
         if self._writes:
             await asyncio.wait(self._writes)
 
+    @property
+    def waiting_writes(self) -> int:
+        """Writes that are not in the log yet."""
+        return len(self._writes)
+
     async def post(
         self, episode_id: str, batch: Batch, admission: Admission | None
     ) -> tuple[int, Posted]:

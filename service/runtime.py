@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 
 import torch
 from fastapi import FastAPI
@@ -53,6 +54,10 @@ def build_app(
             vocabulary=bundle.network.vocabulary,
             registry=registry,
             retry_after_s=metrics.retry_after_s,
+            describe=lambda: {
+                "threads": torch.get_num_threads(),
+                "models": [{"model": settings.bundle, **asdict(engine.status())}],
+            },
         ),
     )
     serve = app.router.lifespan_context

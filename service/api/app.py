@@ -6,16 +6,19 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from llm4ehr import __version__
 from service import timing
-from service.api import embeddings, episodes, observations, oip, openapi, problems, risk
+from service.api import embeddings, episodes, observations, oip, openapi, operator, problems, risk
 from service.api.deps import Context
 from service.api.limits import LimitClients
 from service.api.metrics import Metrics, Observe
+from service.api.pulse import Pulse
+from service.api.window import Window
 from service.core import Engine
 from service.episodes import EpisodeService
 from service.lifecycle import Lifecycle
@@ -48,6 +51,8 @@ class Dependencies:
     """Where the instruments are registered; the engine may share it."""
     retry_after_s: Callable[[], int] = lambda: 1
     """Seconds after which the engine may have worked off what waits now."""
+    describe: Callable[[], dict[str, Any]] = dict
+    """What the engines say of themselves, for operators."""
 
 
 def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
@@ -59,6 +64,8 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         raise ValueError("the bundle is not causal: it cannot score a stay as it happens")
     metrics = Metrics(deps.registry, deps.engine.bundle)
     lifecycle = Lifecycle()
+    window = Window(deps.registry, list(operator.HISTOGRAMS))
+    pulse = Pulse(metrics, window)
 
     def committed(seconds: float) -> None:
         metrics.commit_seconds.observe(seconds)
@@ -76,9 +83,11 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        pulse.start()
         try:
             yield
         finally:
+            await pulse.stop()
             await service.stop()
             await deps.log.close()
 
@@ -98,8 +107,11 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         clock=deps.clock,
         lifecycle=lifecycle,
         retry_after_s=deps.retry_after_s,
+        describe=deps.describe,
+        window=window,
     )
-    routers = [module.router for module in (observations, risk, embeddings, episodes, oip)]
+    resources = (observations, risk, embeddings, episodes, operator, oip)
+    routers = [module.router for module in resources]
     for router in routers:
         app.include_router(router)
     app.add_api_route("/metrics", metrics.render, include_in_schema=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
 
 from service.api.metrics import Metrics
+from service.api.window import Window
 from service.core import Engine
 from service.episodes import EpisodeService
 from service.lifecycle import Lifecycle
@@ -30,6 +31,9 @@ class Context:
     lifecycle: Lifecycle
     retry_after_s: Callable[[], int]
     """Seconds after which the engine may have worked off what waits now."""
+    describe: Callable[[], dict[str, Any]]
+    """What the engines say of themselves."""
+    window: Window
 
 
 async def _context(request: Request) -> Context:

@@ -162,3 +162,55 @@ EPISODES: dict[str, Any] = {
     "complete": True,
     "provenance": _MODEL,
 }
+
+OPERATOR_SUMMARY: dict[str, Any] = {
+    "service": {
+        "version": "0.1.0",
+        "uptime_seconds": 86412.7,
+        "ready": True,
+        "draining": False,
+        "scoring_enabled": True,
+    },
+    "model": {
+        "name": _MODEL["model"],
+        "version": _MODEL["version"],
+        "digest": _MODEL["digest"],
+        "preprocessing_digest": _MODEL["preprocessing_digest"],
+    },
+    "engine": {
+        "threads": 3,
+        "models": [
+            {
+                "model": "llm4ehr/1",
+                "backend": "torch-cpu",
+                "tick_sizes": [4, 8, 16, 32],
+                "slots_used": 212,
+                "slots_free": 443,
+                "slots_lost": 0,
+                "stays": 212,
+                "pending_stays": 0,
+            }
+        ],
+    },
+    "log": {"available": True, "waiting_writes": 0},
+    "catch_up": {"complete": True, "episodes": 1204},
+    "last": {
+        "seconds": 300.4,
+        "figures": {
+            "commit": {"per_second": 3.2, "p50": 0.0031, "p99": 0.0089},
+            "engine_queue": {"per_second": 3.3, "p50": 0.0016, "p99": 0.0064},
+            "engine_tick": {"per_second": 3.4, "p50": 0.0015, "p99": 0.0047},
+            "engine_answer": {"per_second": 3.3, "p50": 0.0017, "p99": 0.0071},
+            "score_published": {"per_second": 3.2, "p50": 0.0018, "p99": 0.0081},
+            "event_loop_lag": {"per_second": 2.0, "p50": 0.0003, "p99": 0.0012},
+        },
+    },
+    "since_start": {
+        "evictions": 0,
+        "out_of_memory": 0,
+        "model_faults": 0,
+        "audits": {"equal": 1430, "different": 0},
+        "rows": {"new": 96120, "correction": 1033, "rebuild": 7210, "past": 312},
+        "refusals": {"overloaded": 0, "deadline-exceeded": 0},
+    },
+}

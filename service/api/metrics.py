@@ -60,6 +60,19 @@ class Metrics:
             buckets=_BUCKETS,
             registry=registry,
         )
+        self.loop_lag_seconds = Histogram(
+            "llm4ehr_event_loop_lag_seconds",
+            "How much later than it was due the event loop ran a timer",
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self.gc_pause_seconds = Histogram(
+            "llm4ehr_gc_pause_seconds",
+            "Time of one run of Python's collector of garbage",
+            ["generation"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
         self._refusals = Counter(
             "llm4ehr_refusals",
             "Requests not served to keep load off, by reason",
