@@ -17,6 +17,7 @@ from llm4ehr.variables import VARIABLE_INDEX, UnitError
 from service.units import EventVocabulary, convert_event
 
 Units = tuple[str | None, ...]
+Said = frozenset[tuple[str, str | None]]
 Payload = Mapping[str, Any]
 
 
@@ -67,24 +68,31 @@ def with_events(
     return episode, units[:place] + tuple([later[i] for i in order.tolist()])
 
 
-def in_units_of(vocabulary: EventVocabulary, episode: Episode, units: Units) -> Episode:
-    """The episode with event values in the units of a vocabulary; NaN if they do not convert."""
-    codes = episode.ev_code.tolist()
-    wanted: dict[str, str] = {}
-    for code in set(codes):
+def in_units_of(vocabulary: EventVocabulary, episode: Episode, units: Units, said: Said) -> Episode:
+    """The episode with event values in the units of a vocabulary; NaN if they do not convert.
+
+    `said` are the distinct pairs of code and unit among its events.
+    """
+    wanted: dict[tuple[str, str | None], str] = {}
+    for code, unit in said:
         entry = vocabulary.entry(code)
-        if entry is not None and entry.unit is not None:
-            wanted[code] = entry.unit
+        if entry is not None and entry.unit is not None and entry.unit != unit:
+            wanted[code, unit] = entry.unit
+    if not wanted:
+        return episode
     value = episode.ev_value.copy()
-    for i, (code, unit) in enumerate(zip(codes, units, strict=True)):
-        to = wanted.get(code, unit)
-        if to == unit or to is None or np.isnan(value[i]):
-            continue
-        try:
-            value[i] = convert_event(code, float(value[i]), unit, to)
-        except UnitError:
-            value[i] = np.nan
+    for i, (code, unit) in enumerate(zip(episode.ev_code.tolist(), units, strict=True)):
+        to = wanted.get((code, unit))
+        if to is not None and not np.isnan(value[i]):
+            value[i] = _converted(code, float(value[i]), unit, to)
     return replace(episode, ev_value=value)
+
+
+def _converted(code: str, value: float, unit: str | None, to: str) -> float:
+    try:
+        return convert_event(code, value, unit, to)
+    except UnitError:
+        return np.nan
 
 
 def _place(hours: NDArray[np.float64], new: NDArray[np.float64]) -> int:

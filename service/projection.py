@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -50,6 +51,8 @@ class EpisodeView:
     """Event values are as they were sent: `model_episode` has them in the model's units."""
     event_units: tuple[str | None, ...]
     """Unit of each event of `episode`, as it was sent."""
+    event_pairs: frozenset[tuple[str, str | None]]
+    """The distinct pairs of code and unit among them."""
     head_hour: int
     """Last hour with a live item, -1 if there is none."""
     newest_effective_at: datetime | None
@@ -103,7 +106,7 @@ def episode_at(entries: Sequence[Entry]) -> EpisodeView:
     does not bring its target back. An item without a client's id yields to one of the same content
     that has an id, so that the two may arrive in either order.
     """
-    timeline = sorted(entries, key=lambda e: e.seq)
+    timeline = sorted(entries, key=attrgetter("seq"))
     admissions = [e for e in timeline if e.kind == "admission"]
     if not admissions:
         raise ValueError("an episode begins with an admission")
@@ -155,6 +158,7 @@ def _without_items(
         statics=statics,
         episode=empty_episode(episode_id, statics=statics),
         event_units=(),
+        event_pairs=frozenset(),
         head_hour=-1,
         newest_effective_at=None,
         counts={"observations": 0, "events": 0, "corrected": 0, "withdrawn": 0},
@@ -187,9 +191,8 @@ def _with_items(
     head_hour = max(view.head_hour, int(items.hour[used].max(initial=-1)))
     episode = replace(view.episode, n_hours=head_hour + 1)
     episode = with_observations(episode, items.payloads(observations), items.hours[observations])
-    episode, event_units = with_events(
-        episode, view.event_units, items.payloads(events), items.hours[events]
-    )
+    happened = items.payloads(events)
+    episode, event_units = with_events(episode, view.event_units, happened, items.hours[events])
     n_observations = sum(items.entries[i].kind == "observation" for i in live.tolist())
     counts = dict(view.counts)
     counts["observations"] += n_observations
@@ -201,6 +204,7 @@ def _with_items(
         recorded_at=last.recorded_at,
         episode=episode,
         event_units=event_units,
+        event_pairs=view.event_pairs.union((p["code"], p["unit"]) for p in happened),
         head_hour=head_hour,
         newest_effective_at=None if newest_us[-1] == NEVER else from_us(int(newest_us[-1])),
         counts=counts,
@@ -217,4 +221,4 @@ def model_episode(view: EpisodeView, vocabulary: EventVocabulary) -> Episode:
     The log keeps what was sent, so that another model, fed in other units, reads the same facts. An
     event whose value does not convert keeps its place and loses its value.
     """
-    return in_units_of(vocabulary, view.episode, view.event_units)
+    return in_units_of(vocabulary, view.episode, view.event_units, view.event_pairs)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm4ehr.episode import MAX_HOURS
-from service.entries import Entry, to_us
+from service.entries import ITEM_KINDS, Entry, to_us
 
 HOUR_US = 3_600_000_000
 NEVER = -(2**63)
@@ -26,16 +27,23 @@ class Items:
     def __init__(self, entries: list[Entry], admitted_us: int) -> None:
         self.entries = entries
         self._admitted_us = admitted_us
-        self._by_name = {entries[i].payload["content"]: i for i in reversed(range(len(entries)))}
-        self._by_name |= {e.item_id: i for i, e in enumerate(entries)}
-        n = len(entries)
-        self.recorded_us = np.fromiter((e.recorded_us for e in entries), np.int64, n)
-        self.seq = np.fromiter((e.seq for e in entries), np.int64, n)
-        self.effective_us = np.fromiter((_effective(e) for e in entries), np.int64, n)
-        available = (self._available_us(e) for e in entries)
-        self.placed_us = np.maximum(self.effective_us, np.fromiter(available, np.int64, n))
+        self.recorded_us = _column([e.recorded_us for e in entries])
+        self.effective_us = _column([e.effective_us for e in entries])
+        available = [e.available_us if e.target is None else self._available_us(e) for e in entries]
+        available_us = _column([NEVER if at is None else at for at in available])
+        self.naming = [(i, e) for i, e in enumerate(entries) if e.target is not None]
+        """Places of the corrections, and these themselves."""
+        self.placed_us = np.maximum(self.effective_us, available_us)
         self.hour = self.hour_of(self.placed_us)  # may lie outside 0..199
         self.hours = (self.placed_us - admitted_us) / HOUR_US
+
+    @cached_property
+    def _by_name(self) -> dict[str | None, int]:
+        """Places by id, and by content that is no id: there the first of them."""
+        names: dict[str | None, int] = {}
+        for i, entry in enumerate(self.entries):
+            names.setdefault(entry.payload["content"], i)
+        return names | {e.item_id: i for i, e in enumerate(self.entries)}
 
     def payloads(self, places: Sequence[int]) -> list[Mapping[str, Any]]:
         return [self.entries[i].payload for i in places]
@@ -47,37 +55,40 @@ class Items:
     def hour_of(self, instant_us: NDArray[np.int64]) -> NDArray[np.int64]:
         return (instant_us - self._admitted_us) // HOUR_US
 
-    def _available_us(self, entry: Entry) -> int:
+    def _available_us(self, entry: Entry) -> int | None:
         visited = set()
-        while entry.available_us is None and entry.seq not in visited:
-            visited.add(entry.seq)
+        while entry.available_us is None:
             target = self.target(entry)
-            if target is None:
-                return NEVER
+            if target is None or entry.seq in visited:
+                return None
+            visited.add(entry.seq)
             entry = self.entries[target]
-        return NEVER if entry.available_us is None else entry.available_us
+        return entry.available_us
 
 
 def live_items(timeline: list[Entry], items: Items) -> tuple[NDArray[np.intp], dict[str, int]]:
     """Places of the live items, and how many are corrected and withdrawn."""
     withdrawn = {e.target for e in timeline if e.kind == "withdrawal"}
     # In order of seq, so the last correction of a target is the one that remains.
-    corrected_by = {e.target: e.seq for e in items.entries if e.target is not None}
-    contents = [e.payload["content"] for e in items.entries]
-    identified = {c for e, c in zip(items.entries, contents, strict=True) if e.item_id != c}
-    live: list[int] = []
+    corrected_by = {e.target: e.seq for _, e in items.naming}
+    outdated = {e.item_id for _, e in items.naming if corrected_by[e.target] != e.seq}
+    replaced = outdated | corrected_by.keys()
+    names = [(e.item_id, e.payload["content"]) for e in items.entries]
+    identified = {content for item_id, content in names if item_id != content}
+    live = [
+        i for i, (name, content) in enumerate(names) if name != content or name not in identified
+    ]
     counts = {"corrected": 0, "withdrawn": 0}
-    for i, (entry, content) in enumerate(zip(items.entries, contents, strict=True)):
-        item_id = entry.item_id
-        outdated = entry.target is not None and corrected_by[entry.target] != entry.seq
-        if item_id == content and content in identified:
-            continue
-        if item_id in withdrawn or content in withdrawn:
-            counts["withdrawn"] += 1
-        elif outdated or item_id in corrected_by or content in corrected_by:
-            counts["corrected"] += 1
-        else:
-            live.append(i)
+    if withdrawn or replaced:
+        there, live = live, []
+        for i in there:
+            name, content = names[i]
+            if name in withdrawn or content in withdrawn:
+                counts["withdrawn"] += 1
+            elif name in replaced or content in corrected_by:
+                counts["corrected"] += 1
+            else:
+                live.append(i)
     return np.array(live, dtype=np.intp), counts
 
 
@@ -89,7 +100,7 @@ def changes(timeline: list[Entry], items: Items) -> NDArray[np.int64]:
     touches: list[tuple[int, int]] = []  # hour, instant
     recorded_us = items.recorded_us
     first_hour = items.hour_of(items.effective_us)
-    for i, entry in enumerate(items.entries):
+    for i, entry in items.naming:
         target = items.target(entry)
         if target is not None:
             # The pair took effect when the later of the two came, and may have moved a correction
@@ -98,7 +109,7 @@ def changes(timeline: list[Entry], items: Items) -> NDArray[np.int64]:
             touches.append((int(hour), int(max(recorded_us[i], recorded_us[target]))))
     admission: Entry | None = None
     discharged_us = NOT_YET
-    for entry in timeline:
+    for entry in [e for e in timeline if e.kind not in ITEM_KINDS]:
         if entry.kind == "withdrawal":
             target = items.target(entry)
             if target is not None:
@@ -113,7 +124,7 @@ def changes(timeline: list[Entry], items: Items) -> NDArray[np.int64]:
             before_us, discharged_us = discharged_us, NOT_YET if at is None else to_us(at)
             low, high = sorted((before_us, discharged_us))
             moved = (items.placed_us > low) & (items.placed_us <= high)
-            moved &= items.seq < entry.seq
+            moved &= _column([e.seq for e in items.entries]) < entry.seq
             if moved.any():
                 touches.append((int(items.hour[moved].min()), entry.recorded_us))
     hours, instants = zip(*touches, strict=True) if touches else ((), ())
@@ -142,6 +153,5 @@ def discharge_of(entry: Entry) -> datetime | None:
     return None if value is None else datetime.fromisoformat(value)
 
 
-def _effective(entry: Entry) -> int:
-    assert entry.effective_us is not None
-    return entry.effective_us
+def _column(values: list[Any]) -> NDArray[np.int64]:
+    return np.array(values, dtype=np.int64)
