@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	"$$python" -m venv $(VENV)
 	$(PY) -m pip install --constraint constraints.txt $(TORCH)
-	$(PY) -m pip install --constraint constraints.txt --editable '.[dev,onnx,train]'
+	$(PY) -m pip install --constraint constraints.txt --editable '.[dev,onnx,otel,train]'
 	@touch $@
 
 minilm: $(STAMP) ## add the MiniLM weights that training can start from
