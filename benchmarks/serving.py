@@ -1,187 +1,203 @@
-"""Latency of the whole HTTP path at 1, 32 and 256 live stays.
+"""The whole HTTP path under an open load: how much it takes, and how soon a risk can be read.
 
-`python -m benchmarks.serving`
+    python -m benchmarks.serving [--stays 1000] [--history 24] [--rates 25,50,100,...] [--quick]
+                                 [--seconds 20] [--profile-seconds 20]
 
-Starts the service as a process of its own with a log on disk (synchronous=FULL). Every stay has 24
-hours on record; then, hour after hour, each stay posts the items of one more hour (12 observations,
-3 events) and asks for the risk that includes them. Clients are 8 threads in this process, closed
-loop, so they share the machine with the service.
+Starts the service as a process of its own, with a log on disk (synchronous=FULL) in which every
+stay has its first hours. Then a client process sends, at Poisson times and fixed rates, the next
+hours of the stays (12 observations and 3 events each), 1 % corrections of an item three hours back
+and 5 % reads. Latencies begin when a request was due.
 
-    post          POST /episodes/{id}/observations until the durable acknowledgement
-    post_to_risk  the same POST until GET .../risk?min_seq= has answered with the new hour
-    get           GET .../risk again, answered from the last computed scores
+    post          until the durable acknowledgement; a correction is a post
+    readable      until GET .../risk?min_seq= has answered with what was posted (every fifth post)
+    get           GET .../risk, half of them with the entity tag of an earlier answer
+    not_modified  those that were answered 304
+
+A rate is sustained if 98 % of it was answered in its time and p99 of `readable` stayed below a
+second. The knee is the highest sustained rate; the last row is at half of it, where the overhead
+is itemised as well.
 """
 
 from __future__ import annotations
 
-import http.client
+import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from benchmarks.report import milliseconds, progress, write
+from benchmarks.serving_load import Plan
+from benchmarks.serving_overhead import from_metrics, from_samples, from_timings
+from benchmarks.serving_process import Service, admitted_long_ago, build_log
 
-from benchmarks.report import milliseconds, write
-from llm4ehr.variables import VARIABLES
-
-HISTORY_HOURS = 24
-CLIENTS = 8
-_connections = threading.local()
+RATES = (25.0, 50.0, 75.0, 100.0, 150.0, 200.0, 300.0, 400.0, 600.0, 800.0)
+SUSTAINED, BOUND_S = 0.98, 1.0
+TARGET_MS = 30.0
+KINDS = ("post", "readable", "get", "not_modified")
 
 
 def main() -> None:
-    rows = [row for stays in (1, 32, 256) for row in measure(stays)]
-    write("serving", rows)
+    a = _arguments()
+    settings = {"kv_memory_mib": a.kv_memory_mib, "cached_entries": a.cached_entries}
+    admitted = admitted_long_ago()
+    with Service(**settings) as service, progress() as bar:
+        task = bar.add_task("serving", total=len(a.rates) + 4)
+        entries = build_log(service.log_path, a.stays, a.history, admitted)
+        bar.advance(task)
+        start = service.start()
+        service.wait_for(service.is_warm)
+        stays = Stays(service, admitted, [a.history] * a.stays)
+        stays.run(a.rates[0], min(a.seconds, 5))  # first requests load what later ones find
+        bar.advance(task)
+        rows = []
+        for rate in a.rates:
+            rows.append(stays.run(rate, a.seconds))
+            bar.advance(task)
+            if not sustained(rows[-1]):
+                break
+        knee = max((r["rate_per_s"] for r in rows if sustained(r)), default=None)
+        half = (knee or rows[0]["rate_per_s"]) / 2
+        before = service.metrics()
+        rows.append(stays.run(half, 2 * a.seconds) | {"note": "half the knee"})
+        overhead = from_metrics(before, service.metrics()) + from_timings(stays.last["timings"])
+        bar.advance(task)
+        service.stop()
+        overhead += profiled(a, service, stays, half)
+        bar.advance(task)
+    write(
+        a.name,
+        rows,
+        stays=a.stays,
+        entries_at_the_start=entries,
+        start_seconds=round(start, 2),
+        settings=settings,
+        knee_per_s=knee,
+        target={"readable_p99_ms_at_half_the_knee": TARGET_MS},
+        overhead=overhead,
+    )
+    for item in overhead:
+        print(json.dumps(item))
 
 
-def measure(stays: int) -> list[dict[str, Any]]:
-    """Rows of the table for one number of live stays."""
-    hours = max(10, min(200, 2000 // stays) if stays > 1 else 150)
-    admitted = datetime.now(UTC) - timedelta(hours=HISTORY_HOURS + hours)
-    with Service() as port:
-        client = Client(port)
-        pool = ThreadPoolExecutor(min(CLIENTS, stays))
-        ids = [f"stay-{i}" for i in range(stays)]
-        list(pool.map(lambda i: client.history(i, admitted), ids))
-        times: dict[str, list[float]] = {"post": [], "post_to_risk": [], "get": []}
-        started = time.perf_counter()
-        for hour in range(HISTORY_HOURS, HISTORY_HOURS + hours):
-            for result in pool.map(lambda i, h=hour: client.hour(i, admitted, h), ids):
-                for name, seconds in result.items():
-                    times[name].append(seconds)
-        wall = time.perf_counter() - started
-        pool.shutdown()
-    rate = round(stays * hours / wall, 1)
-    return [
-        {
-            "live_stays": stays,
-            "what": name,
-            "n": len(seconds),
-            **milliseconds(seconds, 0.5, 0.99),
-            "stay_hours_per_s": rate,
-        }
-        for name, seconds in times.items()
-    ]
+class Stays:
+    """The live stays of a service: which hour each posts next, and how a load on them went."""
 
+    def __init__(self, service: Service, admitted: datetime, hours: list[int]) -> None:
+        self.service, self.admitted, self.hours = service, admitted, hours
+        self.last: dict[str, Any] = {}
+        self._runs = 0
 
-class Client:
-    """Talks to the service over one connection a thread."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-
-    def history(self, episode: str, admitted: datetime) -> None:
-        """Create a stay with its first hours and wait until it is scored."""
-        rng = np.random.default_rng(hash_of(episode))
-        body: dict[str, Any] = {"admitted_at": admitted.isoformat(), "observations": []}
-        body["events"] = []
-        for hour in range(HISTORY_HOURS):
-            items = hourly_items(rng, admitted, hour)
-            body["observations"] += items["observations"]
-            body["events"] += items["events"]
-        self.call("POST", f"/episodes/{episode}/observations", body)
-        self.call("GET", f"/episodes/{episode}/risk")
-
-    def hour(self, episode: str, admitted: datetime, hour: int) -> dict[str, float]:
-        """Post one hour, read its risk, read it again; seconds of each."""
-        body = hourly_items(np.random.default_rng([hash_of(episode), hour]), admitted, hour)
-        started = time.perf_counter()
-        answer = self.call("POST", f"/episodes/{episode}/observations", body)
-        posted = time.perf_counter()
-        risk = self.call("GET", f"/episodes/{episode}/risk?min_seq={answer['seq']}")
-        read = time.perf_counter()
-        self.call("GET", f"/episodes/{episode}/risk")
-        again = time.perf_counter()
-        assert risk["hours"][-1]["hour"] == hour
-        return {"post": posted - started, "post_to_risk": read - started, "get": again - read}
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """One request; anything but 2xx is an error of the benchmark."""
-        if not hasattr(_connections, "http") or _connections.port != self.port:
-            _connections.http = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-            _connections.http.connect()
-            _connections.http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _connections.port = self.port
-        payload = None if body is None else json.dumps(body)
-        headers = {"Content-Type": "application/json"} if payload else {}
-        _connections.http.request(method, path, payload, headers)
-        response = _connections.http.getresponse()
-        answer = json.load(response)
-        if response.status >= 300:
-            raise RuntimeError(f"{method}: {response.status} {answer}")
-        return answer
-
-
-class Service:
-    """The service as a process on a free port, with a fresh log."""
-
-    def __enter__(self) -> int:
-        self._folder = tempfile.TemporaryDirectory()
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = int(s.getsockname()[1])
-        environment = os.environ | {
-            "LLM4EHR_PORT": str(port),
-            "LLM4EHR_LOG_PATH": str(Path(self._folder.name) / "log.sqlite"),
-            "LLM4EHR_STALENESS_LIMIT_HOURS": "none",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "service", "serve"],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+    def run(self, rate: float, seconds: float, **options: Any) -> dict[str, Any]:
+        """A row of the table: `rate` requests a second for so long, then wait until all is done."""
+        self._runs += 1
+        plan = Plan(
+            port=self.service.port,
+            admitted=self.admitted.isoformat(),
+            hours=self.hours,
+            rate=rate,
+            seconds=seconds,
+            **{"seed": self._runs} | options,
         )
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), 0.1).close()
-                return port
-            except OSError:
-                time.sleep(0.1)
-        raise RuntimeError("the service did not start")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
-        self._folder.cleanup()
+        used = self.service.cpu_seconds()
+        self.last = run_load(plan)
+        used = self.service.cpu_seconds() - used
+        self.hours = self.last["hours"]
+        self.service.wait_for(self.service.is_warm)
+        return row_of(rate, seconds, self.last, used)
 
 
-def hash_of(episode: str) -> int:
-    """A seed for a stay, the same in every run."""
-    return int(episode.rpartition("-")[2])
+def run_load(plan: Plan) -> dict[str, Any]:
+    """What `benchmarks.serving_load` measured in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        path.write_text(json.dumps(asdict(plan)))
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.serving_load", str(path)],
+            capture_output=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"the client failed: {done.stderr.decode()}")
+    return dict(json.loads(done.stdout))
 
 
-def hourly_items(
-    rng: np.random.Generator, admitted: datetime, hour: int
-) -> dict[str, list[dict[str, Any]]]:
-    """12 observations and 3 laboratory results of one hour, near the normal values."""
+def row_of(rate: float, seconds: float, result: dict[str, Any], cpu: float) -> dict[str, Any]:
+    """One row of the table. What was offered is the number of requests, not the planned rate."""
+    statuses: dict[str, int] = result["statuses"]
+    refused = sum(n for name, n in statuses.items() if name.endswith((" 429", " 503")))
+    fine = sum(n for name, n in statuses.items() if name.endswith((" 200", " 304")))
+    row: dict[str, Any] = {
+        "rate_per_s": round(rate, 1),
+        "offered_per_s": round(result["requests"] / seconds, 1),
+        "achieved_per_s": round(result["completed"] / max(result["span"], seconds), 1),
+        "requests": result["requests"],
+        "answered": result["completed"],
+        "refused": refused,
+        "errors": sum(statuses.values()) - fine - refused,
+    }
+    for kind in KINDS:
+        latencies = result["latencies"].get(kind, [])
+        if kind == "post":
+            latencies = latencies + result["latencies"].get("correction", [])
+        row[f"{kind}_n"] = len(latencies)
+        for name, value in milliseconds(latencies, 0.5, 0.99, 0.999).items():
+            row[f"{kind}_{name}"] = value
+    row["client_lag_p99_ms"] = milliseconds(result["lags"], 0.99)["p99_ms"]
+    row["client_cpu"] = round(result["cpu_share"], 3)
+    row["service_cpu"] = round(cpu / max(result["span"], seconds), 3)
+    row["note"] = ""
+    return row
 
-    def when() -> str:
-        return (admitted + timedelta(hours=hour + rng.uniform(0, 0.99))).isoformat()
 
-    observations = []
-    for _ in range(12):
-        variable = VARIABLES[rng.integers(len(VARIABLES))]
-        value = round(variable.normal * rng.uniform(0.97, 1.0), 3)
-        item = {"variable": variable.name, "value": value, "unit": variable.unit, "time": when()}
-        observations.append(item)
-    events = []
-    for code, value, unit in (
-        ("2160-0", 1.1, "mg/dL"),
-        ("2823-3", 4.2, "mmol/L"),
-        ("2524-7", 1.7, "mmol/L"),
-    ):
-        item = {"code": code, "system": "http://loinc.org", "time": when()}
-        events.append(item | {"value": round(value * rng.uniform(0.8, 1.2), 2), "unit": unit})
-    return {"observations": observations, "events": events}
+def sustained(row: dict[str, Any]) -> bool:
+    """Whether the service kept up with the rate of a row."""
+    kept = row["achieved_per_s"] >= SUSTAINED * row["offered_per_s"]
+    return bool(kept and (row["readable_p99_ms"] or 0) < 1000 * BOUND_S)
+
+
+def profiled(
+    a: argparse.Namespace, service: Service, stays: Stays, rate: float
+) -> list[dict[str, Any]]:
+    """Where the threads of the service are at that rate, sampled in a second run of it."""
+    with Service(("--profile",), **service.settings) as watched:
+        for file in service.log_path.parent.glob("log.sqlite*"):
+            file.rename(watched.log_path.with_name(file.name))
+        watched.start()
+        watched.wait_for(watched.is_warm)
+        again = Stays(watched, stays.admitted, stays.hours)
+        again.run(rate, 2, seed=10**6)
+        since = time.time()
+        row = again.run(rate, a.profile_seconds, seed=10**6 + 1)
+        until = time.time()
+        watched.stop()
+        return from_samples(watched.watched(), since, until, row["requests"])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    rates = {"type": lambda text: [float(part) for part in text.split(",")]}
+    parser.add_argument("--stays", type=int, default=1000)
+    parser.add_argument("--history", type=int, default=24, help="hours on record at the start")
+    parser.add_argument("--rates", default=list(RATES), help="requests a second", **rates)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each rate")
+    parser.add_argument("--profile-seconds", type=float, default=20.0)
+    parser.add_argument("--kv-memory-mib", type=int, default=1024)
+    parser.add_argument("--cached-entries", type=int, default=2_000_000)
+    parser.add_argument("--name", default="serving", help="results/NAME.json")
+    parser.add_argument("--quick", action="store_true", help="a few stays and seconds")
+    a = parser.parse_args()
+    if a.quick:
+        a.stays, a.history, a.rates, a.seconds, a.profile_seconds = 8, 2, [10.0], 2.0, 2.0
+        a.kv_memory_mib = 16
+    return a
 
 
 if __name__ == "__main__":
