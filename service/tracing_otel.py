@@ -130,6 +130,9 @@ class _TraceRequests:
             # The exception is not recorded: its message may quote a value.
             with trace.use_span(span, record_exception=False, set_status_on_exception=False):
                 await self._app(scope, receive, watch)
+        except Exception:
+            span.set_status(StatusCode.ERROR)
+            raise
         finally:
             method, route = labels_of(scope)
             span.update_name(f"{method} {route}")
