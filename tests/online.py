@@ -23,6 +23,7 @@ from service.engine.backends.base import Backend, TickResult
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.engine.engine import OnlineEngine
 from service.engine.metrics import EngineMetrics
+from service.models.version import Model
 
 HEADS = {"decompensation": 1, "mortality": 1, "remaining_los": 1, "phenotyping": 2}
 PHENOTYPES = ("sepsis", "shock")
@@ -89,6 +90,7 @@ def view_of(episode: Episode, seq: int = 1) -> EpisodeView:
         statics=episode.statics,
         episode=episode,
         event_units=tuple(_EVENT_UNITS.get(code) for code in episode.ev_code),
+        event_pairs=frozenset((code, _EVENT_UNITS.get(code)) for code in episode.ev_code),
         head_hour=episode.n_hours - 1,
         newest_effective_at=None,
         counts={},
@@ -255,6 +257,11 @@ def engine_of(
     backend = backend or TorchCpuBackend(bundle.network, n_slots=n_slots, max_rows=ROWS)
     metrics = EngineMetrics(registry or CollectorRegistry())
     return OnlineEngine(bundle, backend, metrics, max_pending=max_pending, **options)
+
+
+def model_of(bundle: Bundle, engine: OnlineEngine) -> Model:
+    """An engine as the service takes it; the test starts and closes it."""
+    return Model(engine=engine, vocabulary=bundle.network.vocabulary, status=engine.status)
 
 
 @asynccontextmanager
