@@ -85,11 +85,13 @@ class EpisodeState:
                 self._named.add(entry.target)
 
     def _stands_alone(self, entry: Entry) -> bool:
-        """Whether an entry is an item that neither changes nor resembles what is held."""
+        """Whether an entry is an item that changes nothing held, nor the other way round."""
         if entry.kind not in ITEM_KINDS or entry.target is not None:
             return False
         content = entry.payload["content"]
-        return content not in self.by_content and not {entry.item_id, content} & self._named
+        # Items that have ids are different facts even if they say the same.
+        same = self.by_content if entry.item_id == content else self.by_id
+        return content not in same and not {entry.item_id, content} & self._named
 
 
 class StateCache:

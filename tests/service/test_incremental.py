@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,9 @@ def withdrawal(target: str) -> Draft:
     [
         ([plain(1), plain(2, 5.0)], 0),
         ([plain(1, -2.0), plain(2, 300.0)], 0),
-        ([plain(0)], 1),
+        ([replace(plain(9), payload=plain(0).payload)], 0),
+        ([replace(plain(0), item_id="sha256:0")], 1),
+        ([replace(plain(6), item_id="sha256:6"), plain(6)], 1),
         ([withdrawal("i0")], 1),
         ([Draft(kind="deletion")], 1),
         ([plain(7)], 1),
@@ -142,7 +144,9 @@ def withdrawal(target: str) -> Draft:
     ids=[
         "new items",
         "outside the stay",
-        "content on record",
+        "content on record under another id",
+        "content on record under an id",
+        "content on record under none",
         "withdrawal",
         "deletion",
         "withdrawn by id before it came",
