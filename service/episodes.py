@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from service import decisions, timing
-from service.core import Draft, Engine, EpisodeView, entries_as_of, episode_at
+from service.core import Draft, EpisodeView, entries_as_of, episode_at
 from service.decisions import (
     Admission,
     Change,
@@ -22,9 +22,10 @@ from service.decisions import (
 from service.ingest import Batch, Rules
 from service.live import LiveScores
 from service.log.base import EventLog, LogUnavailable, SequenceConflict
+from service.memory import Memory
+from service.models.manager import Models
 from service.settings import Settings
-from service.state import EpisodeState, Scored, StateCache
-from service.units import EventVocabulary
+from service.state import EpisodeState, Scored
 
 _T = TypeVar("_T")
 
@@ -49,33 +50,29 @@ class EpisodeService:
         self,
         *,
         log: EventLog,
-        engine: Engine,
-        vocabulary: EventVocabulary,
+        memory: Memory,
+        models: Models,
         settings: Settings,
         clock: Callable[[], datetime],
         on_commit: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._log = log
+        self._memory = memory
+        self._models = models
+        self._settings = settings
         self._clock = clock
         self._on_commit = on_commit
-        self._rules = Rules(
-            vocabulary=vocabulary,
-            future_tolerance=settings.future_tolerance,
-            allowed_lateness=settings.allowed_lateness,
-        )
-        self._cache = StateCache(settings.cached_entries)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._writes: set[asyncio.Task[Any]] = set()
         self._max_writes = settings.max_waiting_writes
-        self.live = LiveScores(engine=engine, settings=settings, load=self._load, log=log)
 
     def start(self) -> None:
         """Begin to score the open stays that are in the log."""
-        self.live.start()
+        self._models.start()
 
     async def stop(self) -> None:
         """Finish the writes under way; the log can be closed afterwards."""
-        await self.live.stop()
+        await self._models.stop()
         if self._writes:
             await asyncio.wait(self._writes)
 
@@ -94,7 +91,7 @@ class EpisodeService:
         """
         state, posted = await self._write(
             episode_id,
-            lambda state, now: decisions.post(state, now, self._rules, batch, admission),
+            lambda state, now: decisions.post(state, now, self._rules(), batch, admission),
         )
         return state.seq, posted
 
@@ -104,7 +101,7 @@ class EpisodeService:
         Raises DeletedEpisode, Refused, LogUnavailable.
         """
         state, created = await self._write(
-            episode_id, lambda state, now: decisions.put(state, now, self._rules, admission)
+            episode_id, lambda state, now: decisions.put(state, now, self._rules(), admission)
         )
         return state.view, created
 
@@ -114,7 +111,7 @@ class EpisodeService:
         Raises UnknownEpisode, DeletedEpisode, Refused, LogUnavailable.
         """
         state, _ = await self._write(
-            episode_id, lambda state, now: decisions.patch(state, now, self._rules, change)
+            episode_id, lambda state, now: decisions.patch(state, now, self._rules(), change)
         )
         return state.view
 
@@ -132,7 +129,7 @@ class EpisodeService:
 
         Raises UnknownEpisode, DeletedEpisode, SeqNotReached, Refused, LogUnavailable.
         """
-        state = await self._load(episode_id)
+        state = await self._memory.load(episode_id)
         if state is None:
             raise UnknownEpisode
         wanted = max(min_seq, as_of if isinstance(as_of, int) else 0)
@@ -153,27 +150,33 @@ class EpisodeService:
             raise DeletedEpisode
         return view
 
-    async def scores(self, view: EpisodeView, n_hours: int, *, exact: bool) -> Scored:
-        """Scores of at least the first `n_hours` hours of a view, or of a newer one.
+    async def scores(
+        self, view: EpisodeView, n_hours: int, *, exact: bool, live: LiveScores
+    ) -> Scored:
+        """Scores of at least the first `n_hours` hours of a view, or of a newer one, by one model.
 
         With `exact` of that very view. Raises Overloaded, LogUnavailable.
         """
-        state = await self._load(view.episode_id)
+        state = await self._memory.load(view.episode_id)
         if state is None:
             raise UnknownEpisode
         if exact:
-            return await self.live.of_past(state, view, n_hours)
-        return await self.live.newest(state, n_hours)
+            return await live.of_past(state, view, n_hours)
+        return await live.newest(state, n_hours)
 
-    async def _load(self, episode_id: str, *, evict: bool = True) -> EpisodeState | None:
-        """The state of an episode, from memory or from the log; None if there is no such one."""
-        state = self._cache.get(episode_id)
-        if state is None:
-            entries = await self._log.entries(episode_id)
-            if not entries:
-                return None
-            state = self._cache.offer(EpisodeState(entries), evict=evict)
-        return state
+    @property
+    def live(self) -> LiveScores:
+        """The scores of the model that answers."""
+        return self._models.active.live
+
+    def _rules(self) -> Rules:
+        active, *others = self._models.vocabularies
+        return Rules(
+            vocabulary=active,
+            others=tuple(others),
+            future_tolerance=self._settings.future_tolerance,
+            allowed_lateness=self._settings.allowed_lateness,
+        )
 
     async def _write(self, episode_id: str, decide: _Decide[_T]) -> tuple[EpisodeState, _T]:
         """Carry a decision out, to its end even if the caller goes away. Raises TooManyWrites."""
@@ -190,7 +193,7 @@ class EpisodeService:
         lock = self._locks.setdefault(episode_id, asyncio.Lock())
         async with lock:
             for _ in range(_MAX_CONFLICTS):
-                state = await self._load(episode_id)
+                state = await self._memory.load(episode_id)
                 now = self._clock()
                 with timing.measured("judge"):
                     drafts, outcome = decide(state, now)
@@ -215,7 +218,7 @@ class EpisodeService:
                     state = EpisodeState(entries)
                 else:
                     state.extend(entries)
-                state = self._cache.offer(state)
-                self.live.changed(state)
+                state = self._memory.offer(state)
+                self._models.changed(state)
                 return state, outcome
         raise LogUnavailable("too many writers of one episode")

@@ -83,6 +83,9 @@ class Rules:
     """What validation needs of the service."""
 
     vocabulary: EventVocabulary
+    """Of the model that answers."""
+    others: tuple[EventVocabulary, ...] = ()
+    """Of the other loaded models, which read the same log."""
     future_tolerance: timedelta
     allowed_lateness: timedelta
 
@@ -174,7 +177,7 @@ class Validator:
         payload = (
             _observation(said, flags)
             if said.kind == "observation"
-            else _event(said, flags, self.rules.vocabulary)
+            else _event(said, flags, self.rules)
         )
         available_at = self._placed(said, flags)
         return Draft(
@@ -267,10 +270,10 @@ def _observation(said: Said, flags: list[str]) -> dict[str, Any]:
     }
 
 
-def _event(said: Said, flags: list[str], vocabulary: EventVocabulary) -> dict[str, Any]:
+def _event(said: Said, flags: list[str], rules: Rules) -> dict[str, Any]:
     assert said.code is not None
     value, unit = said.value, said.unit
-    entry = vocabulary.entry(said.code)
+    entry = rules.vocabulary.entry(said.code)
     if entry is None:
         flags.append("not-in-vocabulary")
     elif value is not None and entry.unit is not None:
@@ -278,5 +281,20 @@ def _event(said: Said, flags: list[str], vocabulary: EventVocabulary) -> dict[st
             # Only a check: the log keeps what was sent, whatever model is in service.
             convert_event(said.code, value, unit, entry.unit)
         except UnitError as error:
-            raise ItemError(error.reason, str(error)) from error
+            if not any(_reads(vocabulary, said, value) for vocabulary in rules.others):
+                raise ItemError(error.reason, str(error)) from error
+            flags.append("value-not-read")
     return {"code": said.code, "display": said.display, "value": value, "unit": unit}
+
+
+def _reads(vocabulary: EventVocabulary, said: Said, value: float) -> bool:
+    """Whether a model knows the event and can convert its value."""
+    assert said.code is not None
+    entry = vocabulary.entry(said.code)
+    if entry is None or entry.unit is None:
+        return False
+    try:
+        convert_event(said.code, value, said.unit, entry.unit)
+    except UnitError:
+        return False
+    return True

@@ -7,7 +7,6 @@ a start, catches up beside it: a bounded number of stays at a time, those writte
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -94,13 +93,17 @@ class LiveScores:
         self._task = asyncio.create_task(self._keep_up(after))
         self._task.add_done_callback(_report)
 
-    async def stop(self) -> None:
+    def cancel(self) -> None:
         """Ask for nothing more; what comes back from now on is not kept."""
         self._stopped = True
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+
+    async def stop(self) -> None:
+        """The same, and wait until nothing of it runs."""
+        self.cancel()
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     @property
     def complete(self) -> bool:

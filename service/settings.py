@@ -44,6 +44,15 @@ class Settings(BaseSettings):
     backend: Literal["torch-cpu", "torch-cuda", "onnx-cpu", "onnx-cuda"] = "torch-cpu"
     """Where and with what the network is computed."""
 
+    max_models: Annotated[int, Field(ge=1)] = 3
+    """Most versions of models that are loaded at a time, each with slots of its own."""
+
+    model_control: bool = False
+    """Whether versions may be loaded, activated, unloaded and compared over HTTP."""
+
+    audit_interval_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+    """How often an idle service computes a random stay again from the log; None: never."""
+
     kv_memory_mib: Annotated[int, Field(ge=1)] = 512
     """Memory for the live states of stays. What does not fit is rebuilt from the log on demand."""
 

@@ -17,7 +17,7 @@ from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.log import SqliteLog
 from service.replay import admission, hourly_bodies
 from service.settings import Settings
-from tests.online import engine_of
+from tests.online import engine_of, model_of
 
 
 @asynccontextmanager
@@ -28,7 +28,7 @@ async def service_of(
     engine = engine_of(bundle, backend=backend)
     app = create_app(
         Settings(staleness_limit_hours=None),
-        Dependencies(log=log, engine=engine, vocabulary=bundle.network.vocabulary),
+        Dependencies(log=log, model=model_of(bundle, engine)),
     )
     transport = httpx.ASGITransport(app=app)
     engine.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,18 +14,30 @@ from prometheus_client import CollectorRegistry
 
 from llm4ehr import __version__
 from service import timing
-from service.api import embeddings, episodes, observations, oip, openapi, operator, problems, risk
+from service.api import (
+    embeddings,
+    episodes,
+    models,
+    observations,
+    oip,
+    openapi,
+    operator,
+    problems,
+    risk,
+)
 from service.api.deps import Context
 from service.api.limits import LimitClients
 from service.api.metrics import Metrics, Observe
 from service.api.pulse import Pulse
 from service.api.window import Window
-from service.core import Engine
 from service.episodes import EpisodeService
 from service.lifecycle import Lifecycle
 from service.log.base import EventLog
+from service.memory import Memory
+from service.models.manager import Models
+from service.models.version import Loader, Model
 from service.settings import Settings
-from service.units import EventVocabulary
+from service.tracing import OFF, Tracing
 
 _DESCRIPTION = """\
 Risk of deterioration, mortality, phenotypes and remaining length of stay for every hour of an
@@ -41,18 +54,19 @@ def _utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dependencies:
-    """What the app is built on. It closes the log when it shuts down, and nothing else."""
+    """What the app is built on. It closes log and tracing when it shuts down, nothing else."""
 
     log: EventLog
-    engine: Engine
-    vocabulary: EventVocabulary
+    model: Model
+    """What answers; whoever made it starts and stops its engine."""
+    loader: Loader | None = None
+    """Where further models come from."""
     clock: Callable[[], datetime] = _utc_now
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     """Where the instruments are registered; the engine may share it."""
-    retry_after_s: Callable[[], int] = lambda: 1
-    """Seconds after which the engine may have worked off what waits now."""
-    describe: Callable[[], dict[str, Any]] = dict
-    """What the engines say of themselves, for operators."""
+    process: Callable[[], dict[str, Any]] = dict
+    """What the process says of itself, for operators."""
+    tracing: Tracing = OFF
 
 
 def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
@@ -60,9 +74,10 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
 
     Raises ValueError for a bundle that reads later hours to score earlier ones.
     """
-    if not deps.engine.bundle.causal:
+    bundle = deps.model.engine.bundle
+    if not bundle.causal:
         raise ValueError("the bundle is not causal: it cannot score a stay as it happens")
-    metrics = Metrics(deps.registry, deps.engine.bundle)
+    metrics = Metrics(deps.registry, bundle)
     lifecycle = Lifecycle()
     window = Window(deps.registry, list(operator.HISTOGRAMS))
     pulse = Pulse(metrics, window)
@@ -70,11 +85,24 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     def committed(seconds: float) -> None:
         metrics.commit_seconds.observe(seconds)
         timing.add("log", seconds)
+        deps.tracing.committed(seconds)
 
+    memory = Memory(deps.log, settings.cached_entries)
+    loaded = Models(
+        deps.model,
+        settings=settings,
+        log=deps.log,
+        memory=memory,
+        clock=deps.clock,
+        registry=deps.registry,
+        loader=deps.loader,
+        on_active=metrics.serves,
+        on_published=metrics.published_seconds.observe,
+    )
     service = EpisodeService(
         log=deps.log,
-        engine=deps.engine,
-        vocabulary=deps.vocabulary,
+        memory=memory,
+        models=loaded,
         settings=settings,
         clock=deps.clock,
         on_commit=committed,
@@ -90,6 +118,7 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
             await pulse.stop()
             await service.stop()
             await deps.log.close()
+            await asyncio.to_thread(deps.tracing.close)
 
     app = FastAPI(
         title="LLM4EHR",
@@ -101,22 +130,22 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     app.state.context = Context(
         settings=settings,
         service=service,
-        engine=deps.engine,
+        models=loaded,
         log=deps.log,
         metrics=metrics,
         clock=deps.clock,
         lifecycle=lifecycle,
-        retry_after_s=deps.retry_after_s,
-        describe=deps.describe,
+        process=deps.process,
         window=window,
     )
-    resources = (observations, risk, embeddings, episodes, operator, oip)
+    resources = (observations, risk, embeddings, episodes, models, operator, oip)
     routers = [module.router for module in resources]
     for router in routers:
         app.include_router(router)
     app.add_api_route("/metrics", metrics.render, include_in_schema=False)
     if (limit := settings.max_in_flight_per_client) is not None:
         app.add_middleware(LimitClients, limit=limit, metrics=metrics)
+    deps.tracing.install(app)
     app.add_middleware(Observe, metrics=metrics, lifecycle=lifecycle)
     problems.install(app, metrics.refused)
     openapi.install(app, routers)

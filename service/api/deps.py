@@ -15,6 +15,7 @@ from service.core import Engine
 from service.episodes import EpisodeService
 from service.lifecycle import Lifecycle
 from service.log.base import EventLog
+from service.models.manager import Models
 from service.settings import Settings
 
 
@@ -24,16 +25,27 @@ class Context:
 
     settings: Settings
     service: EpisodeService
-    engine: Engine
+    models: Models
     log: EventLog
     metrics: Metrics
     clock: Callable[[], datetime]
     lifecycle: Lifecycle
-    retry_after_s: Callable[[], int]
-    """Seconds after which the engine may have worked off what waits now."""
-    describe: Callable[[], dict[str, Any]]
-    """What the engines say of themselves."""
+    process: Callable[[], dict[str, Any]]
+    """What the process says of itself."""
     window: Window
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that answers now. What takes longer than a moment asks `models.serving`."""
+        return self.models.active.model.engine
+
+    def retry_after_s(self) -> int:
+        """Seconds after which it may have worked off what waits now."""
+        return self.models.active.model.retry_after_s()
+
+    def describe(self) -> dict[str, Any]:
+        """What the process and the engines say of themselves, for operators."""
+        return {**self.process(), "models": self.models.statuses()}
 
 
 async def _context(request: Request) -> Context:

@@ -214,3 +214,54 @@ OPERATOR_SUMMARY: dict[str, Any] = {
         "refusals": {"overloaded": 0, "deadline-exceeded": 0},
     },
 }
+_VERSION: dict[str, Any] = {
+    "name": "llm4ehr",
+    "version": "2",
+    "state": "ready",
+    "since": "2026-03-01T09:20:00Z",
+    "digest": "b7c3e05d6f8091a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d59f2c41d8a1",
+    "preprocessing_digest": _MODEL["preprocessing_digest"],
+    "slots": {"used": 61, "free": 594, "lost": 0},
+    "progress": {"scored": 61, "total": 61},
+    "failure": None,
+}
+_NOT_LOADED: dict[str, Any] = {
+    "digest": None,
+    "preprocessing_digest": None,
+    "slots": None,
+    "progress": None,
+}
+PUT_SHADOW: dict[str, Any] = {"model": "llm4ehr/2"}
+SHADOW: dict[str, Any] = {
+    "model": "llm4ehr/2",
+    "since": "2026-03-01T09:25:00Z",
+    "compared": 912,
+    "dropped": 3,
+    "changes": {
+        "decompensation": {"n": 912, "mean": 0.0041, "max": 0.083},
+        "remaining_los": {"n": 912, "mean": 3.2, "max": 29.7},
+    },
+}
+MODEL_READY = _VERSION
+MODEL_LOADING = _VERSION | _NOT_LOADED | {"state": "loading"}
+MODEL_ACTIVE = _VERSION | {"state": "active"}
+MODELS: dict[str, Any] = {
+    "active": "llm4ehr/1",
+    "shadow": SHADOW,
+    "versions": [
+        _VERSION
+        | {"version": "1", "digest": _MODEL["digest"]}
+        | {"state": "active", "since": "2026-03-01T06:00:00Z"},
+        _VERSION,
+        _VERSION
+        | _NOT_LOADED
+        | {
+            "version": "3",
+            "state": "failed",
+            "failure": {
+                "type": "bundle-invalid",
+                "detail": "llm4ehr/3/model.safetensors: SHA-256 differs from the manifest",
+            },
+        },
+    ],
+}

@@ -29,6 +29,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     304: {"description": "Nothing has changed since the entity tag in If-None-Match"},
     **documented(
         "episode-unknown",
+        "model-not-loaded",
         "seq-not-reached",
         "episode-deleted",
         "episode-id-invalid",
@@ -81,30 +82,31 @@ async def answer(
     resource = request.url.path.rpartition("/")[2]
     wait, preference = _patience(context, request)
     until = asyncio.get_running_loop().time() + wait
-    while True:
-        view = await context.service.view(episode_id, query.as_of, query.min_seq)
-        plan = _plan(context, view, selection, query.as_of, resource)
-        headers = {"ETag": plan.etag, "Cache-Control": _PRIVATE, **preference}
-        if _matches(request.headers.get("if-none-match"), plan.etag):
-            return Response(status_code=304, headers=headers)
-        if plan.n_hours == 0:
-            scores = None
-            break
-        with measured("engine"):
-            async with bounded(request, until, context.retry_after_s):
-                scored = await context.service.scores(
-                    view, plan.n_hours, exact=query.as_of is not None
-                )
-        scores = scored.scores
-        if scored.view.seq != view.seq:
-            # Written to meanwhile: answer from the newer entries, if their scores reach.
-            plan = _plan(context, scored.view, selection, query.as_of, resource)
-            headers["ETag"] = plan.etag
-        if plan.n_hours <= len(scores.hours):
-            break
-    return JSONResponse(
-        _body(plan, scores, context.engine.bundle, query.as_of, score_of), headers=headers
-    )
+    # Another model may become active meanwhile: this answer is that of one from its begin to end.
+    with context.models.serving(query.model_version) as serving:
+        bundle = serving.model.engine.bundle
+        while True:
+            view = await context.service.view(episode_id, query.as_of, query.min_seq)
+            plan = _plan(context, bundle, view, selection, query.as_of, resource)
+            headers = {"ETag": plan.etag, "Cache-Control": _PRIVATE, **preference}
+            if _matches(request.headers.get("if-none-match"), plan.etag):
+                return Response(status_code=304, headers=headers)
+            if plan.n_hours == 0:
+                scores = None
+                break
+            with measured("engine"):
+                async with bounded(request, until, serving.model.retry_after_s):
+                    scored = await context.service.scores(
+                        view, plan.n_hours, exact=query.as_of is not None, live=serving.live
+                    )
+            scores = scored.scores
+            if scored.view.seq != view.seq:
+                # Written to meanwhile: answer from the newer entries, if their scores reach.
+                plan = _plan(context, bundle, scored.view, selection, query.as_of, resource)
+                headers["ETag"] = plan.etag
+            if plan.n_hours <= len(scores.hours):
+                break
+    return JSONResponse(_body(plan, scores, bundle, query.as_of, score_of), headers=headers)
 
 
 def model_provenance(bundle: BundleInfo) -> dict[str, Any]:
@@ -142,6 +144,7 @@ def _selection(query: HoursQuery) -> Selection:
 
 def _plan(
     context: Context,
+    bundle: BundleInfo,
     view: EpisodeView,
     selection: Selection,
     as_of: int | datetime | None,
@@ -163,7 +166,7 @@ def _plan(
         view=view,
         hours=hours,
         n_hours=max((h.hour + 1 for h in hours if h.withheld is None), default=0),
-        etag=_etag(context.engine.bundle, view.seq, resource, as_of, hours),
+        etag=_etag(bundle, view.seq, resource, as_of, hours),
     )
 
 
@@ -182,7 +185,12 @@ def _etag(
     hours: tuple[HourPlan, ...],
 ) -> str:
     """Equal tags mean equal bodies: besides log and model it covers what the clock decides."""
-    selected = [resource, str(as_of), [[h.hour, h.status, h.withheld] for h in hours]]
+    selected = [
+        bundle.digest,
+        resource,
+        str(as_of),
+        [[h.hour, h.status, h.withheld] for h in hours],
+    ]
     rest = hashlib.sha256(json.dumps(selected).encode()).hexdigest()
     return f'"{seq}.{bundle.digest[:8]}.{bundle.preprocessing_digest[:8]}.{rest[:12]}"'
 

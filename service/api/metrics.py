@@ -17,6 +17,7 @@ from service.core import BundleInfo
 from service.ingest import ItemResult
 from service.lifecycle import Lifecycle
 from service.timing import begin
+from service.tracing import labels_of
 
 _logger = logging.getLogger(__name__)
 
@@ -24,7 +25,6 @@ _BUCKETS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
-_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
 
 class Metrics:
@@ -82,18 +82,24 @@ class Metrics:
         for name, (status, _) in PROBLEMS.items():
             if status in KEEPS_LOAD_OFF:
                 self._refusals.labels(name)
-        Gauge(
+        self._build_info = Gauge(
             "llm4ehr_build_info",
             "Version of the service and of the model it serves",
             ["version", "model", "model_version", "digest"],
             registry=registry,
-        ).labels(__version__, bundle.name, bundle.version, bundle.digest).set(1)
+        )
+        self.serves(bundle)
 
     def count(self, result: ItemResult) -> None:
         """Count one item by what became of it."""
         self.observations.labels(_outcome(result)).inc()
         if result.error is not None:
             self.rejections.labels(result.error.type).inc()
+
+    def serves(self, bundle: BundleInfo) -> None:
+        """This model answers from now on."""
+        self._build_info.clear()
+        self._build_info.labels(__version__, bundle.name, bundle.version, bundle.digest).set(1)
 
     def refused(self, reason: str) -> None:
         """Count a request that was not served; `reason` is the name of its problem."""
@@ -146,9 +152,7 @@ class Observe:
             if status == 0:
                 await problem.response(scope["path"])(scope, receive, watch)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            # The method is the client's word: left alone it would make labels without end.
-            method = scope["method"] if scope["method"] in _METHODS else "other"
+            method, route = labels_of(scope)
             self._metrics.http_seconds.labels(method, route, str(status)).observe(
                 time.perf_counter() - started
             )

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from llm4ehr import __version__
 from service.api.deps import Context, ContextDep
+from service.models.version import Serving
 
 router = APIRouter(prefix="/v2", tags=["health"])
 
@@ -24,9 +25,14 @@ def _error(status: int, text: str) -> Response:
     return JSONResponse({"error": text}, status)
 
 
-def _serves(context: Context, model: str, version: str | None) -> bool:
-    bundle = context.engine.bundle
-    return model == bundle.name and version in (None, bundle.version)
+def _serving(context: Context, model: str, version: str | None) -> Serving | None:
+    """The version of that name: the one that answers where none is named."""
+    active = context.models.active
+    if version is None:
+        return active if active.version.name.name == model else None
+    return next(
+        (s for s in context.models.able(model) if s.model.engine.bundle.version == version), None
+    )
 
 
 @router.get("", operation_id="getServer", summary="Server metadata")
@@ -77,10 +83,13 @@ async def ready(context: ContextDep) -> Response:
     responses=_UNKNOWN,
 )
 async def metadata(context: ContextDep, model: str, version: str | None = None) -> Response:
-    """Inputs and outputs are those of the model behind the episodes, one row an hour."""
-    if not _serves(context, model, version):
+    """Inputs and outputs are those of the model behind the episodes, one row an hour. `versions`
+    are those that are loaded.
+    """
+    serving = _serving(context, model, version)
+    if serving is None:
         return _error(404, "no such model or version")
-    bundle = context.engine.bundle
+    bundle = serving.model.engine.bundle
     outputs = [{"name": task, "datatype": "FP32", "shape": [-1]} for task in bundle.tasks]
     if bundle.phenotypes:
         shape = [-1, len(bundle.phenotypes)]
@@ -91,7 +100,7 @@ async def metadata(context: ContextDep, model: str, version: str | None = None) 
     return JSONResponse(
         {
             "name": bundle.name,
-            "versions": [bundle.version],
+            "versions": [s.model.engine.bundle.version for s in context.models.able(model)],
             "platform": "llm4ehr_episodes",
             "inputs": [],
             "outputs": outputs,
@@ -117,8 +126,9 @@ async def metadata(context: ContextDep, model: str, version: str | None = None) 
     responses=_UNKNOWN | _NOT_READY,
 )
 async def model_ready(context: ContextDep, model: str, version: str | None = None) -> Response:
-    if not _serves(context, model, version):
+    serving = _serving(context, model, version)
+    if serving is None:
         return _error(404, "no such model or version")
-    if not context.engine.ready():
+    if serving.version.condition == "rebuilding" or not serving.model.engine.ready():
         return _error(503, "the model is not ready")
     return JSONResponse({"name": model, "ready": True})

@@ -10,13 +10,14 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from service.api.schemas import PatchEpisode, PostItemsDescribed, ProblemOut, PutEpisode
+from service.api.schemas import PatchEpisode, PostItemsDescribed, ProblemOut, PutEpisode, PutShadow
 
 _REF = "#/components/schemas/{model}"
 _READ_BY_HAND: tuple[type[BaseModel], ...] = (
     PostItemsDescribed,
     PutEpisode,
     PatchEpisode,
+    PutShadow,
     ProblemOut,
 )
 

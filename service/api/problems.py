@@ -19,16 +19,23 @@ from service.core import EngineStopped, ModelFault, Overloaded
 from service.decisions import DeletedEpisode, NothingAccepted, Refused, UnknownEpisode
 from service.episodes import SeqNotReached, TooManyWrites
 from service.log.base import LogUnavailable
+from service.models.manager import ModelRefused
 
 MEDIA_TYPE = "application/problem+json"
 
 # name: (status, title)
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed-json": (400, "The body is not JSON"),
+    "model-control-disabled": (403, "Models cannot be changed over HTTP here"),
     "not-found": (404, "There is nothing here"),
     "episode-unknown": (404, "No such episode"),
+    "model-unknown": (404, "No such model or version"),
+    "model-not-loaded": (404, "That version of the model is not loaded"),
     "method-not-allowed": (405, "The method is not allowed here"),
     "seq-not-reached": (409, "The log does not hold that entry yet"),
+    "model-not-ready": (409, "That version of the model is not ready"),
+    "model-active": (409, "That version of the model answers"),
+    "too-many-models": (409, "As many versions as may be are loaded"),
     "episode-deleted": (410, "The episode was deleted"),
     "body-too-large": (413, "The body is too large"),
     "too-many-items": (413, "Too many items in one request"),
@@ -102,6 +109,8 @@ def as_problem(error: Exception) -> Problem:
             return Problem("episode-deleted", "read it as of an earlier time with as_of")
         case SeqNotReached():
             return Problem("seq-not-reached")
+        case ModelRefused():
+            return Problem(error.problem, str(error))
         case HourError():
             return Problem(error.problem, str(error))
         case Refused():
@@ -159,6 +168,7 @@ def install(app: FastAPI, refused: Callable[[str], None]) -> None:
         UnknownEpisode,
         DeletedEpisode,
         SeqNotReached,
+        ModelRefused,
         HourError,
         Refused,
         NothingAccepted,

@@ -57,6 +57,9 @@ AsOf = Annotated[
     AfterValidator(_positive),
     WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "format": "date-time"}]}),
 ]
+MODEL_NAME = r"^[A-Za-z0-9._-]{1,64}$"
+MODEL_VERSION = r"^[1-9][0-9]{0,8}$"
+PIN = r"^([A-Za-z0-9._-]{1,64}/)?[1-9][0-9]{0,8}$"
 Probability = Annotated[float, Field(ge=0, le=1)]
 Flags = list[str]
 
@@ -169,6 +172,11 @@ class HoursQuery(AsOfQuery):
     hour: int | None = Field(None, description="One hour since admission, 0 to 199")
     from_: int | None = Field(None, alias="from", description="First hour of a range")
     to: int | None = Field(None, description="Last hour of a range, included")
+    model_version: Annotated[str, Field(pattern=PIN)] | None = Field(
+        None,
+        description="Answer by this loaded version of the active model, or by NAME/VERSION",
+        examples=["2"],
+    )
 
 
 class ListQuery(_Query):
@@ -322,6 +330,62 @@ class EpisodeListOut(_Answer):
     next_cursor: str | None
     complete: bool
     provenance: ModelOut
+
+
+class PutShadow(_Request):
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}/[1-9][0-9]{0,8}$")]
+
+
+class FailureOut(_Answer):
+    type: Literal["bundle-invalid", "not-streamable", "backend-failed", "engine-stopped"]
+    detail: str
+
+
+class SlotsOut(_Answer):
+    used: int
+    free: int
+    lost: int
+
+
+class ProgressOut(_Answer):
+    """Stays that were open when the version came up, and those whose scores are there."""
+
+    scored: int
+    total: int
+
+
+class VersionOut(_Answer):
+    name: str
+    version: str
+    state: Literal["available", "loading", "rebuilding", "ready", "active", "unloading", "failed"]
+    since: datetime | None
+    digest: str | None
+    preprocessing_digest: str | None
+    slots: SlotsOut | None
+    progress: ProgressOut | None
+    failure: FailureOut | None
+
+
+class ChangeOut(_Answer):
+    """Absolute differences: of probabilities, and of hours for `remaining_los`."""
+
+    n: int
+    mean: float
+    max: float
+
+
+class ShadowOut(_Answer):
+    model: str
+    since: datetime
+    compared: int
+    dropped: int
+    changes: dict[str, ChangeOut]
+
+
+class ModelsOut(_Answer):
+    active: str
+    shadow: ShadowOut | None
+    versions: list[VersionOut]
 
 
 class FieldErrorOut(_Answer):

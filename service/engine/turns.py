@@ -36,6 +36,10 @@ class Turns:
             self._front, self._busy, self._since = engine, busy, 0
             self._changed.notify_all()
 
+    def is_in_front(self, engine: object) -> bool:
+        """Whether `engine` is the one that goes first."""
+        return engine is self._front
+
     @contextmanager
     def turn(self, engine: object) -> Iterator[None]:
         """Wait for a turn of `engine` and hold it."""

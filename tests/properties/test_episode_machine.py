@@ -28,7 +28,7 @@ from service.api import Dependencies, create_app
 from service.log import SqliteLog
 from service.settings import Settings
 from service.times import format_time
-from tests.online import Replica, engine_of, tiny_bundle
+from tests.online import Replica, engine_of, model_of, tiny_bundle
 from tests.properties.ledger import Line, known
 from tests.service.fakes import Clock, at, stamp
 
@@ -74,8 +74,7 @@ class EpisodeMachine(RuleBasedStateMachine):
             Settings(log_path=path, staleness_limit_hours=None, cached_entries=8),
             Dependencies(
                 log=SqliteLog(path),
-                engine=self.engine,
-                vocabulary=self.bundle.network.vocabulary,
+                model=model_of(self.bundle, self.engine),
                 clock=self.clock,
             ),
         )

@@ -27,8 +27,10 @@ from service.core import (
 )
 from service.log import EventLog, SqliteLog
 from service.log.rows import number
+from service.models.version import Loader, Model
 from service.settings import Settings
 from service.times import format_time
+from service.tracing import OFF, Tracing
 
 T0 = datetime(2026, 3, 1, 8, tzinfo=UTC)
 
@@ -187,6 +189,10 @@ class FakeEngine:
         return future
 
 
+def fake_model(engine: FakeEngine | None = None) -> Model:
+    return Model(engine=engine or FakeEngine(), vocabulary=VOCABULARY)
+
+
 class Client:
     """An app on a log of its own, spoken to over HTTP."""
 
@@ -222,13 +228,17 @@ async def running(
     engine: FakeEngine | None = None,
     clock: Clock | None = None,
     log: EventLog | None = None,
+    loader: Loader | None = None,
+    tracing: Tracing = OFF,
     **settings: Any,
 ) -> AsyncIterator[Client]:
     """An app with its lifespan, on the log file `path`."""
     engine, clock, log = engine or FakeEngine(), clock or Clock(at(1)), log or SqliteLog(path)
     app = create_app(
         Settings(log_path=path, **settings),
-        Dependencies(log=log, engine=engine, vocabulary=VOCABULARY, clock=clock),
+        Dependencies(
+            log=log, model=fake_model(engine), loader=loader, clock=clock, tracing=tracing
+        ),
     )
     transport = httpx.ASGITransport(app=app)
     async with (

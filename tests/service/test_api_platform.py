@@ -15,7 +15,7 @@ from llm4ehr import __version__
 from service.api import Dependencies, create_app, schemas
 from service.log import SqliteLog
 from service.settings import Settings
-from tests.service.fakes import BUNDLE, VOCABULARY, Client, Clock, FakeEngine, hr, stamp
+from tests.service.fakes import BUNDLE, Client, Clock, FakeEngine, fake_model, hr, stamp
 
 pytestmark = pytest.mark.anyio
 
@@ -125,7 +125,7 @@ async def test_metric_names_have_units_and_no_colons(client: Client) -> None:
     names = re.findall(r"^# TYPE (\S+) (?:histogram|counter|gauge)$", text, re.MULTILINE)
     assert len(names) >= 5
     for name in names:
-        assert re.fullmatch(r"llm4ehr_[a-z_]+_(seconds|total|created|info)", name), name
+        assert re.fullmatch(r"llm4ehr_[a-z_]+_(seconds|hours|ratio|total|created|info)", name), name
 
 
 async def test_two_apps_share_nothing(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ async def test_two_apps_share_nothing(tmp_path: Path) -> None:
     apps = [
         create_app(
             Settings(),
-            Dependencies(log=log, engine=FakeEngine(), vocabulary=VOCABULARY, clock=Clock()),
+            Dependencies(log=log, model=fake_model(), clock=Clock()),
         )
         for log in logs
     ]
@@ -146,7 +146,7 @@ async def test_a_bundle_that_reads_the_future_is_refused(log_path: Path) -> None
     log = SqliteLog(log_path)
     engine = FakeEngine(replace(BUNDLE, causal=False))
     with pytest.raises(ValueError, match="causal"):
-        create_app(Settings(), Dependencies(log=log, engine=engine, vocabulary=VOCABULARY))
+        create_app(Settings(), Dependencies(log=log, model=fake_model(engine)))
     await log.close()
 
 

@@ -442,7 +442,7 @@ async def test_memory_for_entries_is_bounded_and_forgetting_changes_nothing(
             await client.post(
                 f"e{i}", admitted_at=stamp(0), observations=[hr(60 + j) for j in range(4 + i)]
             )
-        cache = client.app.state.context.service._cache
+        cache = client.app.state.context.service._memory._cache
         assert cache._total == sum(len(s.entries) for s in cache._states.values())
         assert len(cache._states) == 1  # the newest alone exceeds the bound
         answers = [(await client.risk(f"e{i}")).text for i in range(8)]

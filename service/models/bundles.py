@@ -1,0 +1,90 @@
+"""Models made of the bundles in the repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llm4ehr.bundle import BundleError, bundle_versions, load_bundle
+from service.engine.backends.base import DeviceFault, RowDependenceError
+from service.engine.backends.factory import make_backend
+from service.engine.engine import OnlineEngine
+from service.engine.metrics import EngineMetrics
+from service.engine.turns import Turns
+from service.models.version import LoadError, Model, Name
+from service.settings import Settings
+
+
+class Bundles:
+    """Implements `service.models.version.Loader`. Its engines share the processor in turns."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: EngineMetrics,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._on_fatal = on_fatal
+        self._turns = Turns()
+
+    def on_disk(self) -> list[Name]:
+        """All versions with a manifest."""
+        repository = self._settings.model_repository
+        names = sorted(folder.name for folder in repository.iterdir() if folder.is_dir())
+        return [
+            Name(name, version) for name in names for version in bundle_versions(repository, name)
+        ]
+
+    def open(self, name: Name) -> Model:
+        """Verify a bundle and make its engine, not started.
+
+        Raises BundleError, RowDependenceError, and ValueError for a network or a backend that does
+        not do.
+        """
+        bundle = load_bundle(self._settings.model_repository, *name)
+        if (reason := bundle.network.not_online) is not None:
+            raise NotOnline(reason)
+        backend = make_backend(bundle, self._settings)
+        metrics = self._metrics.of(str(name))
+        me = object()
+
+        def fatal(error: BaseException) -> None:
+            # The engine of a version that does not answer may fail alone; a broken device may not.
+            if isinstance(error, DeviceFault) or self._turns.is_in_front(me):
+                self._on_fatal(error)
+
+        engine = OnlineEngine(
+            bundle,
+            backend,
+            metrics,
+            max_pending=self._settings.max_pending,
+            turn=lambda: self._turns.turn(me),
+            on_fatal=fatal,
+        )
+        return Model(
+            engine=engine,
+            vocabulary=bundle.network.vocabulary,
+            start=engine.start,
+            close=engine.close,
+            go_first=lambda: self._turns.put_in_front(me, lambda: not engine.idle()),
+            status=engine.status,
+            retry_after_s=metrics.retry_after_s,
+        )
+
+    def load(self, name: Name) -> Model:
+        """The same, with reasons that a client can read. Raises LoadError."""
+        try:
+            return self.open(name)
+        except BundleError as error:
+            # The message begins with a path, of which the client knows the end.
+            root = f"{self._settings.model_repository}/"
+            raise LoadError("bundle-invalid", str(error).replace(root, "")) from error
+        except NotOnline as error:
+            raise LoadError("not-streamable", str(error)) from error
+        except (RowDependenceError, ValueError) as error:
+            raise LoadError("backend-failed", str(error)) from error
+
+
+class NotOnline(ValueError):
+    """The network of the bundle cannot be streamed; the message says why."""

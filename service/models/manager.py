@@ -1,0 +1,354 @@
+"""Several versions of models side by side: load, rebuild, switch, roll back, unload, compare.
+
+Runs on the event loop. One version is active: it answers whoever does not ask for another one. The
+others that are loaded keep their scores up behind it, so that a switch is a change of one name. A
+request is answered by the version it began with, to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from service.core import BundleInfo
+from service.live import LiveScores
+from service.log.base import EventLog
+from service.memory import Memory
+from service.models.shadow import Shadow, ShadowMetrics
+from service.models.version import (
+    Condition,
+    Failure,
+    Loader,
+    LoadError,
+    Model,
+    Name,
+    Serving,
+    Version,
+)
+from service.settings import Settings
+from service.state import EpisodeState
+from service.units import EventVocabulary
+
+_logger = logging.getLogger(__name__)
+
+
+class ModelRefused(Exception):
+    """What was asked of a version is not possible. `problem` names the answer to the client."""
+
+    def __init__(self, problem: str, detail: str) -> None:
+        super().__init__(detail)
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The version on trial, and what was found."""
+
+    of: Version
+    since: datetime
+    shadow: Shadow
+
+
+class _NoLoader:
+    """A service that was given one model and no place for others."""
+
+    def on_disk(self) -> list[Name]:
+        return []
+
+    def load(self, name: Name) -> Model:
+        raise LoadError("bundle-invalid", "there is no repository of models")
+
+
+class Models:
+    """All versions that are loaded. `first` is active from the start; its owner starts it."""
+
+    def __init__(
+        self,
+        first: Model,
+        *,
+        settings: Settings,
+        log: EventLog,
+        memory: Memory,
+        clock: Callable[[], datetime],
+        registry: CollectorRegistry,
+        loader: Loader | None = None,
+        on_active: Callable[[BundleInfo], None] = lambda bundle: None,
+        on_published: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._settings = settings
+        self._log = log
+        self._memory = memory
+        self._clock = clock
+        self._loader = loader or _NoLoader()
+        self._on_active = on_active
+        self._on_published = on_published
+        self._shadow_metrics = ShadowMetrics(registry)
+        self._trial: Trial | None = None
+        self._first = first
+        bundle = first.engine.bundle
+        version = Version(Name(bundle.name, int(bundle.version)), "active", clock(), model=first)
+        version.live = self._live(first, leads=True)
+        self._versions = {version.name: version}
+        self._active = Serving(version, first, version.live)
+
+    def start(self) -> None:
+        """Begin to score the open stays that are in the log."""
+        self._first.go_first()
+        self._active.live.start()
+
+    async def stop(self) -> None:
+        """Stop all scoring, and the engines that were loaded here."""
+        self._end_trial()
+        for version in list(self._versions.values()):
+            if version.task is not None:
+                version.task.cancel()
+                await asyncio.wait([version.task])
+            if version.live is not None:
+                await version.live.stop()
+            if version.model is not None and version.model is not self._first:
+                await asyncio.to_thread(version.model.close)
+
+    # --- answering ---------------------------------------------------------------------------
+
+    @property
+    def active(self) -> Serving:
+        """The version that answers now. A request takes it once, with `serving`."""
+        return self._active
+
+    @contextmanager
+    def serving(self, pin: str | None = None) -> Iterator[Serving]:
+        """The version that answers a request from its begin to its end.
+
+        `pin` is NAME/VERSION, or VERSION of the active model. Raises ModelRefused.
+        """
+        serving = self._active
+        if pin is not None:
+            name, _, number = pin.rpartition("/")
+            version = self._versions.get(Name(name or serving.version.name.name, int(number)))
+            found = None if version is None else _able(version)
+            if found is None:
+                raise ModelRefused("model-not-loaded", "that version is not loaded")
+            serving = found
+        with serving.version.used():
+            yield serving
+
+    def able(self, name: str) -> list[Serving]:
+        """The loaded versions of a model that can answer, by number."""
+        found = (_able(self._versions[n]) for n in sorted(self._versions) if n.name == name)
+        return [serving for serving in found if serving is not None]
+
+    def changed(self, state: EpisodeState) -> None:
+        """Take notice of a write: never waits and never fails."""
+        for version in self._versions.values():
+            if version.live is not None:
+                version.live.changed(state)
+
+    @property
+    def vocabularies(self) -> tuple[EventVocabulary, ...]:
+        """Of the active model first, then of the other loaded ones."""
+        others = (
+            v.model for v in self._versions.values() if v.model and v is not self._active.version
+        )
+        return (self._active.model.vocabulary, *(model.vocabulary for model in others))
+
+    # --- operating ---------------------------------------------------------------------------
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """Figures of the engines of all loaded versions."""
+        return [
+            {"model": str(v.name), **asdict(status)}
+            for v in self._versions.values()
+            if v.model is not None and (status := v.model.status()) is not None
+        ]
+
+    @property
+    def trial(self) -> Trial | None:
+        """The version on trial, if there is one."""
+        return self._trial
+
+    async def versions(self) -> list[Version]:
+        """All versions that are on disk or were asked for, by name and number."""
+        known = {name: self._alive(v) for name, v in self._versions.items()}
+        for name in await asyncio.to_thread(self._loader.on_disk):
+            known.setdefault(name, Version(name, "available", self._clock()))
+        return [known[name] for name in sorted(known)]
+
+    async def version(self, name: Name) -> Version:
+        """One of them. Raises ModelRefused."""
+        for version in await self.versions():
+            if version.name == name:
+                return version
+        raise ModelRefused("model-unknown", "there is no such model or version")
+
+    async def load(self, name: Name) -> Version:
+        """Begin to bring a version up; one that is loaded already stays as it is.
+
+        Raises ModelRefused.
+        """
+        version = await self.version(name)
+        held = self._versions.get(name)
+        if held is not None and held.condition != "failed":
+            return held
+        loaded = [v for v in self._versions.values() if v.condition != "failed"]
+        if len(loaded) >= self._settings.max_models:
+            raise ModelRefused(
+                "too-many-models", f"{len(loaded)} versions are loaded; unload one of them first"
+            )
+        version = Version(name, "loading", self._clock())
+        self._versions[name] = version
+        version.task = asyncio.create_task(self._bring_up(version))
+        return version
+
+    def activate(self, name: Name) -> Version:
+        """Have a version that is ready answer from now on. Raises ModelRefused."""
+        version = self._loaded(name)
+        if version is self._active.version:
+            return version
+        serving = _able(version)
+        if serving is None or version.condition != "ready":
+            raise ModelRefused(
+                "model-not-ready", f"the version is {version.condition}; it has to be ready"
+            )
+        self._end_trial()
+        former, self._active = self._active, serving
+        former.live.leads, serving.live.leads = False, True
+        self._turn(former.version, "ready")
+        self._turn(version, "active")
+        serving.model.go_first()
+        self._on_active(serving.model.engine.bundle)
+        _logger.info("model %s answers, after %s", name, former.version.name)
+        return version
+
+    def unload(self, name: Name) -> Version:
+        """Begin to let a version go, once the requests that it answers are done.
+
+        Raises ModelRefused.
+        """
+        version = self._loaded(name)
+        if version is self._active.version:
+            raise ModelRefused("model-active", "the version answers; activate another one first")
+        if version.condition == "loading":
+            raise ModelRefused("model-not-ready", "the version is being loaded")
+        if version.condition != "unloading":
+            if self._trial is not None and self._trial.of is version:
+                self._end_trial()
+            self._turn(version, "unloading")
+            version.task = asyncio.create_task(self._let_go(version, version.task))
+        return version
+
+    def try_out(self, name: Name) -> Trial:
+        """Compare a version that is ready with the active one from now on. Raises ModelRefused."""
+        version = self._loaded(name)
+        live = version.live
+        if version.condition != "ready" or live is None:
+            raise ModelRefused(
+                "model-not-ready", "a version that is ready, and not active, can be tried"
+            )
+        self._end_trial()
+        shadow = Shadow(self._shadow_metrics)
+        self._trial = Trial(version, self._clock(), shadow)
+        self._active.live.on_scored = shadow.active_scored
+        live.on_scored = shadow.trial_scored
+        return self._trial
+
+    def end_trial(self) -> None:
+        """Compare no more."""
+        self._end_trial()
+
+    # --- within ------------------------------------------------------------------------------
+
+    def _live(self, model: Model, *, leads: bool) -> LiveScores:
+        return LiveScores(
+            engine=model.engine,
+            settings=self._settings,
+            load=self._memory.load,
+            log=self._log,
+            leads=leads,
+            on_published=self._on_published,
+        )
+
+    def _turn(self, version: Version, condition: Condition) -> None:
+        version.condition, version.since = condition, self._clock()
+
+    def _fail(self, version: Version, error: LoadError) -> None:
+        if self._trial is not None and self._trial.of is version:
+            self._end_trial()
+        if version.live is not None and version.model is not None:
+            version.live.cancel()
+            self._memory.forget_scores(version.model.engine.bundle.digest)
+        version.model = version.live = None
+        version.failure = Failure(type=error.type, detail=str(error))
+        self._turn(version, "failed")
+        _logger.error("model %s cannot be used: %s", version.name, error.type)
+
+    def _alive(self, version: Version) -> Version:
+        """The version, found out to have failed if its engine has died."""
+        if (
+            version.condition in ("rebuilding", "ready")
+            and version.model is not None
+            and not version.model.engine.alive()
+        ):
+            self._fail(version, LoadError("engine-stopped", "the engine of this version died"))
+        return version
+
+    def _loaded(self, name: Name) -> Version:
+        version = self._versions.get(name)
+        if version is None or self._alive(version).condition == "failed":
+            raise ModelRefused("model-not-loaded", "that version is not loaded")
+        return version
+
+    def _end_trial(self) -> None:
+        if self._trial is not None:
+            for live in (self._active.live, self._trial.of.live):
+                if live is not None:
+                    live.on_scored = lambda scored: None
+            self._trial = None
+
+    async def _bring_up(self, version: Version) -> None:
+        try:
+            model = await asyncio.to_thread(self._loader.load, version.name)
+        except LoadError as error:
+            self._fail(version, error)
+            return
+        except Exception as error:
+            # Its message might hold anything; the type says enough to look into the log.
+            self._fail(version, LoadError("backend-failed", type(error).__name__))
+            return
+        model.start()
+        live = self._live(model, leads=False)
+        version.model, version.live = model, live
+        self._turn(version, "rebuilding")
+        live.start(after=self._active.live)
+        await live.warm()
+        if self._alive(version).condition == "rebuilding":
+            self._turn(version, "ready")
+            _logger.info("model %s is ready", version.name)
+
+    async def _let_go(self, version: Version, bringing_up: asyncio.Task[None] | None) -> None:
+        if bringing_up is not None and not bringing_up.done():
+            bringing_up.cancel()
+            await asyncio.wait([bringing_up])
+        await version.unused()
+        if version.live is not None:
+            await version.live.stop()
+        if version.model is not None:
+            await asyncio.to_thread(version.model.close)
+            self._memory.forget_scores(version.model.engine.bundle.digest)
+        del self._versions[version.name]
+        _logger.info("model %s is unloaded", version.name)
+
+
+def _able(version: Version) -> Serving | None:
+    """The version as one that can answer; None if it cannot, or not any more."""
+    if version.condition not in ("rebuilding", "ready", "active"):
+        return None
+    if version.model is None or version.live is None:
+        return None
+    return Serving(version, version.model, version.live)
