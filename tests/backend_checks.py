@@ -134,6 +134,8 @@ def check_nothing_else_is_read(case: Case, episode: Episode) -> None:
         assert isinstance(backend, OnnxBackend)
         # No more than this is ever written: see `check_a_broken_stay_leaves_nothing`.
         backend._pool.fill_(-1e18)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     assert same_bits(case.hours(backend, episode, slot=2, chunk=3), alone)
 
 

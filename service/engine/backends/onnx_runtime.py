@@ -81,7 +81,8 @@ class OnnxBackend:
             "state": (network.model.state_size,)
         }
         outputs = widths | {"new_kv": (layers, 2, heads, 1, size)}
-        with device_errors():
+        # What is filled with zeros belongs to the stream that will use it.
+        with device_errors(), torch.cuda.stream(self._stream):
             self._inputs = {"series": self._mirror(max_rows, config.n_series)}
             if config.events == "fused":
                 self._inputs["events"] = self._mirror(max_rows, config.n_event_channels)
@@ -219,7 +220,7 @@ class OnnxBackend:
         """The slots, and one for rows that nobody reads. What was there before is freed."""
         self._pool = self._zeros(0)
         layers, _, heads, width = self._columns
-        with device_errors():
+        with device_errors(), torch.cuda.stream(self._stream):
             if self._stream is not None:
                 torch.cuda.empty_cache()
             self._pool = self._zeros(self.n_slots + 1, layers, 2, heads, self._max_hours, width)

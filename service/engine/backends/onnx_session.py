@@ -47,8 +47,6 @@ def open_session(
             "device_id": str(stream.device_index),
             "user_compute_stream": str(stream.cuda_stream),
             "use_tf32": "0",
-            # Not by timing: another kernel at the next start could mean other bits.
-            "cudnn_conv_algo_search": "HEURISTIC",
             "arena_extend_strategy": "kSameAsRequested",
         }
     with runtime_errors():

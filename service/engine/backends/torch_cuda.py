@@ -60,8 +60,10 @@ class TorchCudaBackend:
                 self._before["tokens"] = before_tokens(model)
             model.backbone.model.set_attn_implementation(ATTENTION)
             self._model = model.requires_grad_(False).to(self._device)
-            self._attend = attention_for(self._device)
             self._cuda = _Graphs(self._device) if self._device.type == "cuda" else None
+        # Also what is filled with zeros belongs to the stream that will use it.
+        with device_errors(), self._on_stream():
+            self._attend = attention_for(self._device)
             hidden = model.backbone.hidden_size
             self._widths = dict(config.heads)
             given = (config.n_series, config.n_event_channels * self._fused)
@@ -192,7 +194,7 @@ class TorchCudaBackend:
         self._ends = {kind: np.array([[self.n_slots], [n]]) for kind, n in lengths.items()}
         with device_errors(), self._on_stream():
             if self._cuda is not None:
-                torch.cuda.empty_cache()
+                self._cuda.forget()
             for kind, before in self._before.items():
                 self._caches[kind] = DeviceSlotCache(
                     key_value_shape(self._model.backbone),
@@ -234,6 +236,11 @@ class _Graphs:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.forget()
+
+    def forget(self) -> None:
+        """Free what is held for graphs; the caller has dropped them."""
+        torch.cuda.empty_cache()
         # Graphs run one after the other and their results are copied out in between, so that all
         # may use the same memory.
         self._memory = torch.cuda.graph_pool_handle()
