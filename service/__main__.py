@@ -1,4 +1,4 @@
-"""Command line of the service: serve | score | replay."""
+"""Command line of the service: serve | score | replay | calibrate."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from llm4ehr.bundle import BundleError, load_bundle
 from llm4ehr.store import StoreError
+from service import calibrate
 from service.batch import score_store
 from service.engine.backends.base import RowDependenceError
 from service.log.base import LogUnavailable
@@ -133,6 +134,25 @@ def _replay(a: argparse.Namespace) -> None:
     )
 
 
+def _calibrate(a: argparse.Namespace) -> None:
+    settings = Settings()
+    n_cores, target_s = calibrate.cores(), a.target_ms / 1000
+    name, _, version = settings.bundle.partition("/")
+    bundle = load_bundle(settings.model_repository, name, int(version))
+    measured = calibrate.measure(
+        calibrate.ticker(bundle, settings, calibrate.MAX_ROWS),
+        calibrate.candidates(settings, n_cores),
+        target_s=target_s,
+    )
+    chosen = calibrate.choose(measured.seconds, target_s, n_cores)
+    print(calibrate.table(measured, chosen), file=sys.stderr)
+    text = calibrate.settings_file(chosen, settings)
+    if a.out is None:
+        print(text, end="")
+    else:
+        a.out.write_text(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -149,6 +169,15 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--repository", type=Path, help="folder of bundles")
     score.add_argument("--embeddings", action="store_true", help="add the hidden states")
     score.set_defaults(run_command=_score)
+
+    measure = commands.add_parser(
+        "calibrate", help="find the tick size and threads for this machine"
+    )
+    measure.add_argument("--out", type=Path, help="file of settings to write; default: print them")
+    measure.add_argument(
+        "--target-ms", type=float, default=calibrate.TARGET_MS, help="longest tick that is wanted"
+    )
+    measure.set_defaults(run_command=_calibrate)
 
     again = commands.add_parser("replay", help="replay an episode store into a running service")
     again.add_argument("--data", type=Path, default=DEMO_STORE, help="episode store")

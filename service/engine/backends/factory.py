@@ -21,7 +21,7 @@ def make_backend(bundle: Bundle, settings: Settings) -> Backend:
     RowDependenceError.
     """
     try:
-        backend = _made(bundle, settings)
+        backend = unverified_backend(bundle, settings)
         # Also warms up: the first ticks allocate, choose kernels and are captured.
         backend.tick_sizes = agreeing_sizes(backend, bundle.network, settings.engine_rows)
         if isinstance(backend, OnnxBackend):
@@ -36,7 +36,10 @@ def make_backend(bundle: Bundle, settings: Settings) -> Backend:
     return backend
 
 
-def _made(bundle: Bundle, settings: Settings) -> TorchCpuBackend | TorchCudaBackend | OnnxBackend:
+def unverified_backend(
+    bundle: Bundle, settings: Settings
+) -> TorchCpuBackend | TorchCudaBackend | OnnxBackend:
+    """A backend of which it is not known yet which tick sizes agree."""
     network, rows = bundle.network, settings.engine_rows
     n_slots = slots_for(network, settings.kv_memory_mib << 20)
     if settings.backend == "torch-cpu":
