@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,13 @@ from llm4ehr.bundle import Network
 from llm4ehr.calibration import default_calibration
 from llm4ehr.episode import Episode
 from llm4ehr.offline import TOLERANCE, score_episodes
+from service.core import Scores
 from service.engine.backends.base import Backend, TickResult
 from service.engine.backends.onnx_runtime import OnnxBackend
 from service.engine.backends.torch_cuda import TorchCudaBackend
 from service.engine.backends.verify import Sizable, agreeing_sizes
 from tests.backends import computed, features_of, joined, same_bits
-from tests.online import ROWS
+from tests.online import ROWS, engine_on, tiny_bundle, until, view_of, with_value
 
 N_SLOTS = 5
 Outputs = dict[str, np.ndarray]
@@ -151,3 +153,21 @@ def check_a_broken_stay_leaves_nothing(case: Case, episode: Episode) -> None:
         assert result.hidden[:1].tobytes() == alone["hidden"][hour].tobytes()
         assert not np.isfinite(result.hidden[1]).all()
     assert same_bits(case.hours(backend, episode, slot=1), alone)
+
+
+def check_engine(case: Case, episodes: Sequence[Episode]) -> None:
+    """An engine on the backend: more stays than slots, which grow and are then corrected."""
+    bundle = tiny_bundle(lambda *_, **__: case.network)
+    corrected = [with_value(episode, 3, 101.0) for episode in episodes]
+
+    async def answers() -> list[Scores]:
+        async with engine_on(bundle, backend=case.make()) as engine:
+            for n in (1, 2, 9):
+                views = [view_of(until(episode, n), seq=n) for episode in episodes]
+                await asyncio.gather(*map(engine.submit, views))
+            views = [view_of(episode, seq=10) for episode in corrected]
+            return await asyncio.gather(*map(engine.submit, views))
+
+    for scores, episode in zip(asyncio.run(answers()), corrected, strict=True):
+        alone = case.hours(case.make(), episode)
+        assert scores.embeddings.tobytes() == alone["hidden"].tobytes()

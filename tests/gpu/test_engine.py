@@ -121,6 +121,11 @@ def test_a_broken_stay_leaves_nothing_behind(case: Case, stay: Episode) -> None:
     checks.check_a_broken_stay_leaves_nothing(case, stay)
 
 
+def test_an_engine_runs_on_it(case_of: Callable[..., Case], random_episode: Stay) -> None:
+    case = case_of("torch", "llama", "kv")
+    checks.check_engine(case, [random_episode(seed, 10 + seed) for seed in range(N_SLOTS + 2)])
+
+
 def test_attention_without_triton(
     case_of: Callable[..., Case], stay: Episode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,14 @@ def test_a_broken_stay_leaves_nothing_behind(case: Case, stay: Episode) -> None:
     checks.check_a_broken_stay_leaves_nothing(case, stay)
 
 
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_an_engine_runs_on_it(
+    case_of: Callable[..., Case], random_episode: Stay, kind: str
+) -> None:
+    case = case_of(kind, "llama", "kv")
+    checks.check_engine(case, [random_episode(seed, 10 + seed) for seed in range(N_SLOTS + 2)])
+
+
 def test_half_of_the_slots_can_be_given_back(plain: Case, stay: Episode) -> None:
     backend = plain.make()
     before = plain.hours(backend, stay)
