@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine [--models default,6x384,gpt2-124m] [--contexts 24,100,200]
                                 [--batches 1,8,32,128,512] [--repeats 7] [--quick]
-                                [--backend torch-cpu] [--device cpu] [--threads 1]
+                                [--backend torch-cpu] [--threads 1]
 
 Every stay has `context` hours behind it; what is timed is its next hour, outputs on the host:
 
@@ -24,7 +24,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,11 +35,15 @@ from benchmarks.engine_models import MODELS, Peak, measured_peak, network_of, ti
 from benchmarks.report import progress, write
 from llm4ehr.bundle import Network
 from service.engine.backends.base import Backend, OutOfMemory
+from service.engine.backends.onnx_runtime import OnnxBackend
 from service.engine.backends.torch_cpu import TorchCpuBackend
+from service.engine.backends.torch_cuda import TorchCudaBackend
 
+BACKENDS = ("torch-cpu", "torch-cuda", "onnx-cpu", "onnx-cuda")
 TOLERANCE = 1e-4
 HOURS = 201  # the hour after 200 hours of context is not a live one, and costs as much
 MINIMUM_ROWS = 4
+GRAPH = Path("model_repository/llm4ehr/1/step.onnx")  # the other networks have none
 TARGETS = {
     "cpu": {
         ("6x384", 100, 32): {"times_stateless": 40, "times_loop": 9, "times_restacked": 3.5},
@@ -203,7 +208,13 @@ def _rounded(value: float) -> float:
 def _backend(a: argparse.Namespace, network: Network, batch: int) -> Backend:
     """A backend whose ticks hold the whole batch, or as many rows as `--rows` says."""
     rows = max(min(batch, a.rows), MINIMUM_ROWS)
-    return TorchCpuBackend(network, n_slots=max(batch, rows), max_rows=rows)
+    sizes = {"n_slots": max(batch, rows), "max_rows": rows}
+    if a.backend == "torch-cpu":
+        return TorchCpuBackend(network, **sizes)
+    if a.backend == "torch-cuda":
+        return TorchCudaBackend(network, **sizes)
+    kind: Literal["cpu", "cuda"] = "cuda" if a.device == "cuda" else "cpu"
+    return OnnxBackend(network, GRAPH, **sizes, device=kind, threads=a.threads)
 
 
 def _arguments() -> argparse.Namespace:
@@ -219,12 +230,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=512, help="most rows of a tick")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds, see above")
-    parser.add_argument("--backend", default="torch-cpu")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--backend", default="torch-cpu", choices=BACKENDS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="engine", help="results/NAME.json")
     parser.add_argument("--quick", action="store_true", help="one tiny cell, to see that it runs")
     a = parser.parse_args()
+    a.device = "cuda" if a.backend.endswith("cuda") else "cpu"
     if a.quick:
         a.models, a.contexts, a.batches, a.repeats = ["tiny"], [3], [2], 2
     return a

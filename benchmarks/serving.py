@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import milliseconds, progress, write
-from benchmarks.serving_load import Plan
 from benchmarks.serving_overhead import from_metrics, from_samples, from_timings
+from benchmarks.serving_plan import Plan
 from benchmarks.serving_process import Service, admitted_long_ago, build_log
 
 RATES = (25.0, 50.0, 75.0, 100.0, 150.0, 200.0, 300.0, 400.0, 600.0, 800.0)
@@ -90,6 +90,7 @@ class Stays:
 
     def __init__(self, service: Service, admitted: datetime, hours: list[int]) -> None:
         self.service, self.admitted, self.hours = service, admitted, hours
+        self._stays: list[int] = []
         self.last: dict[str, Any] = {}
         self._runs = 0
 
@@ -100,6 +101,7 @@ class Stays:
             port=self.service.port,
             admitted=self.admitted.isoformat(),
             hours=self.hours,
+            stays=self._stays,
             rate=rate,
             seconds=seconds,
             **{"seed": self._runs} | options,
@@ -107,7 +109,7 @@ class Stays:
         used = self.service.cpu_seconds()
         self.last = run_load(plan)
         used = self.service.cpu_seconds() - used
-        self.hours = self.last["hours"]
+        self.hours, self._stays = self.last["hours"], self.last["stays"]
         self.service.wait_for(self.service.is_warm)
         return row_of(rate, seconds, self.last, used)
 

@@ -12,8 +12,9 @@ OBSERVATIONS = 12
 _LABS = (("2160-0", 1.1, "mg/dL"), ("2823-3", 4.2, "mmol/L"), ("2524-7", 1.7, "mmol/L"))
 
 
-def stay_id(stay: int) -> str:
-    return f"stay-{stay}"
+def stay_id(bed: int, stay: int = 0) -> str:
+    """Name of the so-manyth stay in a bed."""
+    return f"stay-{bed}" if stay == 0 else f"stay-{bed}-{stay}"
 
 
 def hour_body(stay: int, hour: int, admitted: datetime) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import random
 import resource
 import signal
 import sys
@@ -21,46 +20,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from benchmarks.serving_items import correction_body, hour_body, stay_id
+from benchmarks.serving_plan import Beds, Plan, Request, head_of
 
 GRACE_S = 20.0
 """How long answers are waited for after the last request."""
-
-CORRECTED_HOURS_BACK = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to send. `hours` are the next hour of each stay, `admitted` when all began."""
-
-    port: int
-    admitted: str
-    hours: list[int]
-    rate: float
-    seconds: float
-    seed: int = 0
-    corrections: float = 0.01  # shares of all requests; the rest are hours
-    reads: float = 0.05
-    followed: float = 0.2  # share of the posts whose risk is asked for at once
-    connections: int = 64  # at most, and one for each request a second
-
-
-@dataclass(slots=True)
-class Request:
-    """One request and when it was due."""
-
-    kind: str  # post, correction, get, readable
-    stay: int
-    due: float
-    head: bytes
-    body: bytes = b""
-    follow: bool = False
 
 
 @dataclass
@@ -76,46 +44,7 @@ class Result:
     timings: dict[str, list[str]] = field(default_factory=dict)  # Server-Timing as it came
     cpu_share: float = 0.0
     hours: list[int] = field(default_factory=list)
-
-
-def schedule(plan: Plan) -> tuple[list[Request], list[int]]:
-    """All requests with due times from 0, and the next hour of each stay afterwards."""
-    rng = random.Random(plan.seed)
-    admitted, hours = datetime.fromisoformat(plan.admitted), list(plan.hours)
-    turn: list[int] = []
-    requests, due = [], rng.expovariate(plan.rate)
-    while due < plan.seconds:
-        chance = rng.random()
-        if chance < plan.reads:
-            stay = rng.randrange(len(hours))
-            requests.append(Request("get", stay, due, _head("GET", f"{stay_id(stay)}/risk")))
-        else:
-            if chance < plan.reads + plan.corrections:
-                kind, stay = "correction", rng.randrange(len(hours))
-                at = max(hours[stay] - 1 - CORRECTED_HOURS_BACK, 0)
-                serial = plan.seed * 1_000_000 + len(requests)
-                body = correction_body(stay, at, serial, admitted)
-            else:
-                kind = "post"
-                turn = turn or rng.sample(range(len(hours)), len(hours))
-                stay = turn.pop()
-                body = hour_body(stay, hours[stay], admitted)
-                hours[stay] += 1
-            data = json.dumps(body).encode()
-            head = _head("POST", f"{stay_id(stay)}/observations", len(data))
-            requests.append(Request(kind, stay, due, head, data, rng.random() < plan.followed))
-        due += rng.expovariate(plan.rate)
-    if max(hours) > 200:
-        raise ValueError("a stay would get more than 200 hours")
-    return requests, hours
-
-
-def _head(method: str, path: str, length: int | None = None) -> bytes:
-    """Request line and headers, without the empty line that ends them."""
-    lines = [f"{method} /episodes/{path} HTTP/1.1", "Host: 127.0.0.1"]
-    if length is not None:
-        lines += ["Content-Type: application/json", f"Content-Length: {length}"]
-    return "\r\n".join(lines).encode() + b"\r\n"
+    stays: list[int] = field(default_factory=list)
 
 
 class Connection(asyncio.Protocol):
@@ -169,11 +98,12 @@ class Load:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._requests, self._hours = schedule(plan)
+        self._beds = Beds(plan)
+        self._requests = self._beds.schedule()
         # First in, first out: none idles for so long that the server closes it.
         self._free: deque[Connection] = deque()
         self._queue: deque[Request] = deque()
-        self._tags: dict[int, str] = {}
+        self._tags: dict[str, str] = {}
         self._under_way = 0
         self._stopped = self._sent = False
         self._idle = asyncio.Event()
@@ -200,7 +130,7 @@ class Load:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), GRACE_S)
         self.result.cpu_share = (_cpu_seconds() - used) / (time.perf_counter() - wall)
-        self.result.hours = self._hours
+        self.result.hours, self.result.stays = self._beds.hours, self._beds.stays
         return self.result
 
     def _check_idle(self) -> None:
@@ -229,7 +159,7 @@ class Load:
         connection = self._free.popleft()
         self._under_way += 1
         self.result.lags.append(time.perf_counter() - request.due)
-        tag = self._tags.get(request.stay) if request.kind == "get" else None
+        tag = self._tags.get(request.name) if request.conditional else None
         connection.send(request, f"If-None-Match: {tag}\r\n".encode() if tag else b"")
 
     def _answered(
@@ -240,8 +170,8 @@ class Load:
         self._keep(request, status, head, now)
         if request.follow and status == 200:
             seq = json.loads(body)["seq"]
-            path = f"{stay_id(request.stay)}/risk?min_seq={seq}"
-            self._queue.append(Request("readable", request.stay, request.due, _head("GET", path)))
+            head = head_of("GET", f"{request.name}/risk?min_seq={seq}")
+            self._queue.append(Request("readable", request.name, request.due, head))
         if connection.transport is not None:
             self._freed(connection)
         else:
@@ -262,9 +192,8 @@ class Load:
         timing = header(head, b"server-timing")
         if timing is not None:
             self.result.timings.setdefault(kind, []).append(timing)
-        # Every second stay is polled with the tag of its last answer.
-        if request.kind in ("get", "readable") and request.stay % 2:
-            self._tags[request.stay] = header(head, b"etag") or ""
+        if request.kind in ("get", "readable"):
+            self._tags[request.name] = header(head, b"etag") or ""
 
 
 def _cpu_seconds() -> float:

@@ -16,10 +16,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from benchmarks.serving_items import history_body, stay_id
-from llm4ehr.bundle import load_bundle
+from llm4ehr.bundle import Bundle, load_bundle
 from service.decisions import Admission, post
 from service.entries import Draft
 from service.ingest import Batch, Rules
@@ -102,6 +102,15 @@ class Service:
         except (HTTPError, OSError):
             return None
 
+    def post(self, episode_id: str, body: dict[str, Any]) -> None:
+        """Record items. Raises HTTPError."""
+        request = Request(
+            f"http://127.0.0.1:{self.port}/episodes/{episode_id}/observations",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        urlopen(request, timeout=60).close()
+
     def metrics(self) -> dict[str, float]:
         """All samples of /metrics, labels as they stand in the text."""
         with urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as response:
@@ -144,7 +153,10 @@ def admitted_long_ago() -> datetime:
 
 def build_log(path: Path, n_stays: int, hours: int, admitted: datetime) -> int:
     """Write stays of so many hours through the service's own log; returns the entries."""
-    drafts = [_history(stay, hours, admitted) for stay in range(min(n_stays, TEMPLATES))]
+    bundle, first = history(hours, admitted)
+    drafts = [first]
+    for stay in range(1, min(n_stays, TEMPLATES)):
+        drafts.append(history(hours, admitted, bundle, stay)[1])
 
     async def write() -> None:
         log = SqliteLog(path)
@@ -160,11 +172,17 @@ def build_log(path: Path, n_stays: int, hours: int, admitted: datetime) -> int:
     return sum(len(drafts[i % len(drafts)]) for i in range(n_stays))
 
 
-def _history(stay: int, hours: int, admitted: datetime) -> list[Draft]:
-    """An admission and what came in the first hours, as the service would record them."""
+def history(
+    hours: int, admitted: datetime, bundle: Bundle | None = None, stay: int = 0
+) -> tuple[Bundle, list[Draft]]:
+    """An admission and what came in the first hours, as the service would record them.
+
+    Returns the bundle whose vocabulary judged the items too, by default the one that is served.
+    """
+    bundle = bundle or load_bundle(Path("model_repository"), "llm4ehr", 1)
     settings = Settings()
     rules = Rules(
-        vocabulary=load_bundle(Path("model_repository"), "llm4ehr", 1).network.vocabulary,
+        vocabulary=bundle.network.vocabulary,
         future_tolerance=settings.future_tolerance,
         allowed_lateness=settings.allowed_lateness,
     )
@@ -172,4 +190,4 @@ def _history(stay: int, hours: int, admitted: datetime) -> list[Draft]:
     batch = Batch(observations=body["observations"], events=body["events"])
     drafts, posted = post(None, datetime.now(UTC), rules, batch, Admission(admitted_at=admitted))
     assert all(result.status == "accepted" for result in posted.results)
-    return drafts
+    return bundle, list(drafts)
