@@ -12,11 +12,20 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from service.api.app import Dependencies, create_app
+from service.engine.backends.slot_kernel import slot_library
 from service.engine.metrics import EngineMetrics
 from service.log.sqlite import SqliteLog
 from service.models.bundles import Bundles
 from service.models.version import Name
 from service.settings import Settings
+from service.tracing import open_tracing
+
+
+def _slot_kernel(settings: Settings) -> str | None:
+    """What attends over slots on a CPU: "compiled" or "reference"; None where torch does not."""
+    if settings.backend != "torch-cpu":
+        return None
+    return "reference" if slot_library() is None else "compiled"
 
 
 def build_app(
@@ -32,7 +41,8 @@ def build_app(
     # One core is left to the event loop and the log.
     torch.set_num_threads(settings.torch_threads or max((os.cpu_count() or 2) - 1, 1))
     registry = CollectorRegistry()
-    bundles = Bundles(settings, EngineMetrics(registry, settings.bundle), on_fatal)
+    tracing = open_tracing(settings.tracing)
+    bundles = Bundles(settings, EngineMetrics(registry, settings.bundle), on_fatal, tracing)
     name, _, version = settings.bundle.partition("/")
     model = bundles.open(Name(name, int(version)))
     app = create_app(
@@ -42,7 +52,11 @@ def build_app(
             model=model,
             loader=bundles,
             registry=registry,
-            process=lambda: {"threads": torch.get_num_threads()},
+            process=lambda: {
+                "threads": torch.get_num_threads(),
+                "slot_kernel": _slot_kernel(settings),
+            },
+            tracing=tracing,
         ),
     )
     serve = app.router.lifespan_context

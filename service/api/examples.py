@@ -179,6 +179,7 @@ OPERATOR_SUMMARY: dict[str, Any] = {
     },
     "engine": {
         "threads": 3,
+        "slot_kernel": "compiled",
         "models": [
             {
                 "model": "llm4ehr/1",
@@ -193,7 +194,7 @@ OPERATOR_SUMMARY: dict[str, Any] = {
         ],
     },
     "log": {"available": True, "waiting_writes": 0},
-    "catch_up": {"complete": True, "episodes": 1204},
+    "catch_up": {"complete": True, "episodes": 1204, "to_score": 212, "scored": 212},
     "last": {
         "seconds": 300.4,
         "figures": {

@@ -56,10 +56,14 @@ class LogOut(_Out):
 
 
 class CatchUpOut(_Out):
-    """Whether every episode of the log was seen since the start, and how many are known."""
+    """What was done since the start: whether all of the log was seen, episodes known so far, open
+    stays that had to be scored, and those of them that are.
+    """
 
     complete: bool
     episodes: _Count
+    to_score: _Count
+    scored: _Count
 
 
 class FiguresOut(_Out):
@@ -88,7 +92,7 @@ class SummaryOut(_Out):
     service: ServiceOut
     model: ModelOut
     engine: dict[str, Any]
-    """Backend, tick sizes, threads, slots and stays of every engine, as it describes itself."""
+    """Threads, kernel; backend, tick sizes, slots and stays of the engine of every model."""
     log: LogOut
     catch_up: CatchUpOut
     last: LastOut
@@ -122,7 +126,12 @@ async def summary(context: ContextDep) -> SummaryOut:
         ),
         engine=context.describe(),
         log=LogOut(available=available, waiting_writes=context.service.waiting_writes),
-        catch_up=CatchUpOut(complete=live.complete, episodes=sum(1 for _ in live.summaries)),
+        catch_up=CatchUpOut(
+            complete=live.complete,
+            episodes=sum(1 for _ in live.summaries),
+            to_score=live.to_score,
+            scored=live.n_scored,
+        ),
         last=LastOut(
             seconds=seconds,
             figures={

@@ -33,6 +33,7 @@ from service.engine.backends.base import Backend
 from service.engine.lanes import Clock, Lanes
 from service.engine.metrics import EngineMetrics
 from service.engine.stays import HeldStay, Reader, Request
+from service.tracing import OFF, Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class OnlineEngine:
         on_fatal: Callable[[BaseException], None] = lambda error: None,
         cause: Literal["shadow"] | None = None,
         clock: Clock = time.monotonic,
+        tracing: Tracing = OFF,
     ) -> None:
         self._backend = backend
         self._metrics = metrics
@@ -70,6 +72,7 @@ class OnlineEngine:
         self._max_states = max_states
         self._on_fatal = on_fatal
         self._clock = clock
+        self._tracing = tracing
         network = bundle.network
         self._max_hours = network.preprocessing.max_hours
         self._state_size = network.model.state_size
@@ -84,6 +87,7 @@ class OnlineEngine:
             turn=turn,
             cause=cause,
             clock=clock,
+            tracing=tracing,
         )
         self._inbox: queue.SimpleQueue[Request | Hashable | None] = queue.SimpleQueue()
         self._unread: OrderedDict[Hashable, list[Request]] = OrderedDict()
@@ -172,7 +176,8 @@ class OnlineEngine:
         self._pending += 1
         future.add_done_callback(self._answered)
         n = min(max(view.head_hour + 1, n_hours or 0), self._max_hours)
-        self._inbox.put(Request(key, view, n, scratch, future, self._clock()))
+        now, where = self._clock(), self._tracing.here()
+        self._inbox.put(Request(key, view, n, scratch, future, now, trace=where))
         if not self.alive():  # it died since, and may have emptied the inbox before this
             _settle(future, EngineStopped("the engine stopped"))
         return future

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from llm4ehr.bundle import Bundle
 from service.engine.answers import Answers
 from service.engine.backends.base import Backend, OutOfMemory, TickResult
-from service.engine.metrics import Cause, EngineMetrics
+from service.engine.backends.shapes import slot_bytes
+from service.engine.metrics import Cause, EngineMetrics, TickKind
 from service.engine.scheduler import Row, Scheduler
 from service.engine.slots import SlotTable
 from service.engine.stays import HeldStay, features_of
 from service.engine.tokens import TokenRows
+from service.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Lanes:
         turn: Callable[[], AbstractContextManager[object]],
         cause: Literal["shadow"] | None,
         clock: Clock,
+        tracing: Tracing,
     ) -> None:
         self._backend = backend
         self._stays = stays
@@ -63,12 +66,14 @@ class Lanes:
         self._turn = turn
         self._cause = cause
         self._clock = clock
+        self._tracing = tracing
         self._answers = Answers(bundle)
         self._width = bundle.network.model.backbone.hidden_size
         self._hours = self._lane(bundle.network.preprocessing.max_hours)
         self._tokens = None if token_rows is None else self._lane(token_rows.window)
         self._all = [lane for lane in (self._hours, self._tokens) if lane is not None]
         self._n_slots_at_start = backend.n_slots
+        self._slot_bytes = slot_bytes(bundle.network)
 
     @property
     def waiting(self) -> int:
@@ -122,7 +127,12 @@ class Lanes:
             lane.slots.evictions = 0
         self._metrics.backlog(self.waiting + unread, sum(lane.rows_waiting for lane in self._all))
         slots = self.slots
-        self._metrics.memory(used=slots.used, free=slots.n_slots - slots.used, lost=self.slots_lost)
+        self._metrics.memory(
+            used=slots.used,
+            free=slots.n_slots - slots.used,
+            lost=self.slots_lost,
+            kv_bytes=slots.n_slots * self._slot_bytes,
+        )
 
     def _await_tokens(self, key: Hashable) -> bool:
         if self._tokens is None or self._token_rows is None:
@@ -157,7 +167,7 @@ class Lanes:
         started = self._clock()
         with self._turn():
             z = self._backend.tick_tokens(ids, slots, positions)
-        self._metrics.tick("tokens", self._clock() - started, len(rows))
+        self._ticked("tokens", self._clock() - started, stays)
         finite = np.isfinite(z).all(axis=1)
         outcome.faulty += {
             row.key: None for row, good in zip(rows, finite, strict=True) if not good
@@ -175,14 +185,21 @@ class Lanes:
         started = self._clock()
         result = self._compute(stays, rows)
         ended = self._clock()
-        self._metrics.tick("hours", ended - started, len(rows))
+        self._ticked("hours", ended - started, stays)
         outcome.faulty += self._write(stays, rows, result)
         for stay in stays:
             for request in stay.waiting:
                 if not request.begun:
                     request.begun = True
                     self._metrics.waited(ended - request.submitted)
+                    self._tracing.waited(request.trace, ended - request.submitted)
         outcome.complete += [k for k in self._hours.done(rows) if k not in outcome.faulty]
+
+    def _ticked(self, kind: TickKind, seconds: float, stays: list[HeldStay]) -> None:
+        self._metrics.tick(kind, seconds, len(stays))
+        if self._tracing.on:
+            wheres = [request.trace for stay in stays for request in stay.waiting]
+            self._tracing.ticked(kind, seconds, len(stays), wheres)
 
     def _compute(self, stays: list[HeldStay], rows: list[Row]) -> TickResult:
         slots, hours = [row.slot for row in rows], [row.number for row in rows]

@@ -38,6 +38,8 @@ class Request:
     submitted: float
     begun: bool = False
     """Whether a row of it was computed."""
+    trace: object = None
+    """Where it was asked for, see `service.tracing`."""
 
 
 class HeldStay:

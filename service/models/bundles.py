@@ -12,6 +12,7 @@ from service.engine.metrics import EngineMetrics
 from service.engine.turns import Turns
 from service.models.version import LoadError, Model, Name
 from service.settings import Settings
+from service.tracing import OFF, Tracing
 
 
 class Bundles:
@@ -22,10 +23,12 @@ class Bundles:
         settings: Settings,
         metrics: EngineMetrics,
         on_fatal: Callable[[BaseException], None],
+        tracing: Tracing = OFF,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
         self._on_fatal = on_fatal
+        self._tracing = tracing
         self._turns = Turns()
 
     def on_disk(self) -> list[Name]:
@@ -61,6 +64,7 @@ class Bundles:
             max_pending=self._settings.max_pending,
             turn=lambda: self._turns.turn(me),
             on_fatal=fatal,
+            tracing=self._tracing,
         )
         return Model(
             engine=engine,

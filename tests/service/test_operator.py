@@ -37,7 +37,7 @@ async def test_the_summary_tells_the_state(client: Client) -> None:
     assert body["service"]["version"] == __version__
     assert (body["service"]["ready"], body["service"]["draining"]) == (True, False)
     assert body["model"]["digest"] == BUNDLE.digest
-    assert body["catch_up"] == {"complete": True, "episodes": 1}
+    assert body["catch_up"] == {"complete": True, "episodes": 1, "to_score": 0, "scored": 0}
     assert body["log"] == {"available": True, "waiting_writes": 0}
     commit = body["last"]["figures"]["commit"]
     assert commit["per_second"] * body["last"]["seconds"] == pytest.approx(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from llm4ehr.bundle import Network
+from llm4ehr.episode import Episode
 from service.tracing_otel import OtelTracing
+from tests.online import engine_on, tiny_bundle, view_of
 from tests.service.fakes import Client, hr, running, stamp
 
 pytestmark = pytest.mark.anyio
@@ -127,6 +130,28 @@ async def test_the_queue_is_part_of_a_request_and_a_tick_serves_many(
     assert [link.context.span_id for link in tick.links] == requests
     assert tick.attributes == {"llm4ehr.tick.kind": "hours", "llm4ehr.tick.rows": 3}
     assert tick.end_time - tick.start_time == 500_000_000
+
+
+async def test_the_engine_traces_what_was_asked_for_in_a_trace(
+    tracing: OtelTracing,
+    spans: InMemorySpanExporter,
+    tiny_network: Callable[..., Network],
+    random_episode: Callable[..., Episode],
+    anyio_backend: str,
+) -> None:
+    async with engine_on(tiny_bundle(tiny_network), tracing=tracing) as engine:
+        await engine.submit(view_of(random_episode(1, 5)))
+        assert not spans.get_finished_spans()
+        with tracing._tracer.start_as_current_span("request"):
+            await engine.submit(view_of(random_episode(2, 5)))
+    [request], [queue] = named(spans, "request"), named(spans, "engine.queue")
+    assert queue.parent is not None
+    assert queue.parent.span_id == request.context.span_id
+    ticks = named(spans, "engine.tick")
+    assert sum(tick.attributes["llm4ehr.tick.rows"] for tick in ticks) == 5
+    assert {link.context.span_id for tick in ticks for link in tick.links} == {
+        request.context.span_id
+    }
 
 
 @pytest.mark.parametrize(("to", "imported"), [("none", False), ("console", True)])

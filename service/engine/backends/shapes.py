@@ -43,11 +43,15 @@ def before_tokens(model: LLM4EHR) -> KeyValues:
     return [(keys[0], values[0]) for keys, values, _ in cache]
 
 
-def slots_for(network: Network, memory_bytes: int) -> int:
-    """How many slots fit into a memory budget, those of the event pass included; at least one."""
+def slot_bytes(network: Network) -> int:
+    """Memory of a slot, with that of the event pass."""
     model = network.model
     positions = network.preprocessing.max_hours + (model.prompt.length if model.prompt else 0)
     if tokens := token_positions(network):
         positions += tokens + len(model.begin)
-    per_slot = 2 * 4 * positions * math.prod(key_value_shape(model.backbone))
-    return max(memory_bytes // per_slot, 1)
+    return 2 * 4 * positions * math.prod(key_value_shape(model.backbone))
+
+
+def slots_for(network: Network, memory_bytes: int) -> int:
+    """How many slots fit into a memory budget; at least one."""
+    return max(memory_bytes // slot_bytes(network), 1)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from prometheus_client import CollectorRegistry
 
+from llm4ehr.bundle import Network
+from llm4ehr.episode import Episode
+from service.engine.backends.shapes import slot_bytes
 from service.engine.metrics import MAX_RETRY_S, EngineMetrics
+from tests.online import engine_on, tiny_bundle, view_of
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture
@@ -59,6 +70,28 @@ def test_engines_of_one_process_are_told_apart(registry: CollectorRegistry) -> N
         for m in ("m/1", "m/2")
     ]
     assert found == [10, 20]
+
+
+@pytest.mark.anyio
+async def test_an_engine_tells_its_memory_and_its_rows(
+    registry: CollectorRegistry,
+    tiny_network: Callable[..., Network],
+    random_episode: Callable[..., Episode],
+    anyio_backend: str,
+) -> None:
+    bundle = tiny_bundle(tiny_network)
+    async with engine_on(bundle, n_slots=3, registry=registry) as engine:
+        await engine.submit(view_of(random_episode(1, 5)))
+        await engine.submit(view_of(random_episode(1, 5), seq=2))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"llm4ehr_{name}", {"model": "", **labels})
+
+    assert value("kv_bytes") == 3 * slot_bytes(bundle.network)
+    assert value("engine_rows_total", cause="new") == 5
+    assert value("engine_queue_seconds_count") == 1  # nothing was to be computed for the second
+    assert value("engine_answer_seconds_count") == 2
+    assert value("engine_tick_rows_sum", kind="hours") == 5
 
 
 @pytest.mark.parametrize(
