@@ -7,12 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["admission", "observation", "event", "withdrawal", "discharge", "deletion"]
 ITEM_KINDS: frozenset[Kind] = frozenset({"observation", "event"})
 
 CONTENT_ID_PREFIX = "sha256:"
+
+to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+"""JSON without spaces. Raises ValueError for NaN."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -30,10 +33,10 @@ class Draft:
     payload: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One immutable row of the log. `seq` counts 1, 2, 3 ... within an episode; times are UTC.
+class Entry(NamedTuple):
+    """One immutable row of the log. `seq` counts 1, 2, 3 ... within an episode.
 
+    Times are microseconds since 1970, UTC, and can be read as datetimes as well.
     `payload["content"]` of an item is the name it has by its content alone (`content_id`). It is
     the `item_id` of an item that came without one, and names any other item as well.
     """
@@ -41,27 +44,29 @@ class Entry:
     episode_id: str
     seq: int
     kind: Kind
-    recorded_at: datetime
-    item_id: str | None = None
-    effective_at: datetime | None = None
-    available_at: datetime | None = None
-    target: str | None = None
-    payload: Mapping[str, Any] = field(default_factory=dict)
-    # The times in microseconds: an episode is read off its entries again after every write.
-    recorded_us: int = field(init=False, repr=False, compare=False)
-    effective_us: int | None = field(init=False, repr=False, compare=False)
-    available_us: int | None = field(init=False, repr=False, compare=False)
+    item_id: str | None
+    effective_us: int | None
+    available_us: int | None
+    recorded_us: int
+    target: str | None
+    payload: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        for name in ("recorded", "effective", "available"):
-            at: datetime | None = getattr(self, f"{name}_at")
-            object.__setattr__(self, f"{name}_us", None if at is None else to_us(at))
+    @property
+    def effective_at(self) -> datetime | None:
+        return None if self.effective_us is None else from_us(self.effective_us)
+
+    @property
+    def available_at(self) -> datetime | None:
+        return None if self.available_us is None else from_us(self.available_us)
+
+    @property
+    def recorded_at(self) -> datetime:
+        return from_us(self.recorded_us)
 
 
 def content_id(*content: str | float | None) -> str:
     """Name of an item by what it says: equal for equal content, on every machine and version."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    return CONTENT_ID_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
+    return CONTENT_ID_PREFIX + hashlib.sha256(to_json(content).encode()).hexdigest()[:32]
 
 
 def to_us(instant: datetime) -> int:
@@ -78,5 +83,6 @@ def from_us(microseconds: int) -> datetime:
 def entries_as_of(entries: Sequence[Entry], as_of: int | datetime) -> list[Entry]:
     """The entries known at a sequence number or at an instant, both included."""
     if isinstance(as_of, datetime):
-        return [e for e in entries if e.recorded_at <= as_of]
+        as_of_us = to_us(as_of)
+        return [e for e in entries if e.recorded_us <= as_of_us]
     return [e for e in entries if e.seq <= as_of]
