@@ -146,3 +146,7 @@ class Engine(Protocol):
     def alive(self) -> bool:
         """False once only a restart can help."""
         ...
+
+    def idle(self) -> bool:
+        """Whether nobody waits for scores."""
+        ...

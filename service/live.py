@@ -153,6 +153,8 @@ class LiveScores:
     def again(self, state: EpisodeState) -> None:
         """Forget what is held of a stay, and have it scored anew."""
         state.scored.pop(self._digest, None)
+        if (summary := self._summaries.get(state.episode_id)) is not None:
+            self._summaries[state.episode_id] = replace(summary, latest=None, scored_seq=None)
         self.engine.forget(state.episode_id)
         self.changed(state)
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from random import Random
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,6 +31,7 @@ from service.api.limits import LimitClients
 from service.api.metrics import Metrics, Observe
 from service.api.pulse import Pulse
 from service.api.window import Window
+from service.audit import Auditor
 from service.episodes import EpisodeService
 from service.lifecycle import Lifecycle
 from service.log.base import EventLog
@@ -67,6 +69,8 @@ class Dependencies:
     process: Callable[[], dict[str, Any]] = dict
     """What the process says of itself, for operators."""
     tracing: Tracing = OFF
+    random: Random = field(default_factory=Random)
+    """Picks the stays that are audited."""
 
 
 def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
@@ -99,6 +103,14 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         on_active=metrics.serves,
         on_published=metrics.published_seconds.observe,
     )
+    auditor = Auditor(
+        loaded,
+        deps.log,
+        memory,
+        deps.registry,
+        interval_s=settings.audit_interval_seconds if settings.scoring_enabled else None,
+        random=deps.random,
+    )
     service = EpisodeService(
         log=deps.log,
         memory=memory,
@@ -111,11 +123,13 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        auditor.start()
         pulse.start()
         try:
             yield
         finally:
             await pulse.stop()
+            await auditor.stop()
             await service.stop()
             await deps.log.close()
             await asyncio.to_thread(deps.tracing.close)

@@ -171,6 +171,9 @@ class FakeEngine:
     def alive(self) -> bool:
         return self.is_alive
 
+    def idle(self) -> bool:
+        return not self.waiting
+
     def _check(self) -> None:
         if self.dead:
             raise RuntimeError(self.secret)

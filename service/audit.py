@@ -1,0 +1,108 @@
+"""The service checks itself: what it serves of a stay is what the log gives, to the last bit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from random import Random
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter
+
+from service.core import EngineStopped, ModelFault, Overloaded, Scores, episode_at
+from service.log.base import EventLog, LogUnavailable
+from service.memory import Memory
+from service.models.manager import Models
+
+_logger = logging.getLogger(__name__)
+
+Outcome = Literal["equal", "different", "skipped"]
+
+
+class Auditor:
+    """Computes random stays again, from the log and in a slot of their own, while nothing else is
+    to be done. A stay that was served other numbers is forgotten and scored anew.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        log: EventLog,
+        memory: Memory,
+        registry: CollectorRegistry,
+        *,
+        interval_s: float | None,
+        random: Random,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._models = models
+        self._log = log
+        self._memory = memory
+        self._interval_s = interval_s
+        self._random = random
+        self._sleep = sleep
+        self._task: asyncio.Task[None] | None = None
+        self._audits = Counter(
+            "llm4ehr_replay_audits", "Stays computed again from the log", registry=registry
+        )
+        self._mismatches = Counter(
+            "llm4ehr_replay_mismatch",
+            "Stays that were served other bits than the log gives; must stay 0",
+            registry=registry,
+        )
+
+    def start(self) -> None:
+        """Begin to audit, unless there is no interval."""
+        if self._interval_s is not None:
+            self._task = asyncio.create_task(self._run(self._interval_s))
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self, interval_s: float) -> None:
+        while True:
+            await self._sleep(interval_s)
+            try:
+                await self.audit()
+            except (EngineStopped, LogUnavailable, ModelFault, Overloaded):
+                continue  # they show in health and metrics; nothing was compared
+            except Exception as error:
+                _logger.error("an audit failed: %s", type(error).__name__)
+
+    async def audit(self) -> Outcome:
+        """Check one stay of the model that answers; `skipped` if there is none, or no time for it.
+
+        Raises EngineStopped, LogUnavailable, ModelFault, Overloaded.
+        """
+        with self._models.serving() as serving:
+            engine, live = serving.model.engine, serving.live
+            scored = [s.episode_id for s in live.summaries if s.scored_seq == s.seq]
+            if not engine.idle() or not scored:
+                return "skipped"
+            episode_id = self._random.choice(scored)
+            state = await self._memory.load(episode_id)
+            if state is None or state.view.deleted or state.view.head_hour < 0:
+                return "skipped"
+            served = await live.newest(state, 0)
+            # The log, not the memory: what is wrong there is to be found as well.
+            entries = await self._log.entries(episode_id)
+            if entries[-1].seq != served.view.seq:
+                return "skipped"
+            view = episode_at(entries)
+            fresh = await engine.submit_as_of(view, len(served.scores.hours))
+            self._audits.inc()
+            if _same_bits(fresh, served.scores):
+                return "equal"
+            self._mismatches.inc()
+            _logger.critical("an audit found other numbers than were served; scoring the stay anew")
+            self._memory.drop(episode_id)
+            if (state := await self._memory.load(episode_id)) is not None:
+                live.again(state)
+            return "different"
+
+
+def _same_bits(a: Scores, b: Scores) -> bool:
+    return a.hours == b.hours and a.embeddings.tobytes() == b.embeddings.tobytes()
