@@ -130,7 +130,7 @@ def attention_for(device: torch.device) -> Attend:
         pool = torch.zeros(1, 1, 1, 16, device=device)
         at = torch.zeros(1, dtype=torch.int64, device=device)
         attend(pool, pool, pool, at, at, 1.0)
-    except torch.AcceleratorError:
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         _log.warning("attention without Triton, which is slower: %s", error)
