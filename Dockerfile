@@ -16,7 +16,9 @@ COPY pyproject.toml LICENSE README.md ./
 COPY llm4ehr llm4ehr
 COPY service service
 COPY training training
-RUN pip install --constraint constraints.txt .
+# For example: otel
+ARG EXTRAS
+RUN pip install --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 
 FROM python:3.12-slim
 # Numeric, so that Kubernetes can see that it is not root.
