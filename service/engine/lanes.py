@@ -168,10 +168,8 @@ class Lanes:
         with self._turn():
             z = self._backend.tick_tokens(ids, slots, positions)
         self._ticked("tokens", self._clock() - started, stays)
-        finite = np.isfinite(z).all(axis=1)
-        outcome.faulty += {
-            row.key: None for row, good in zip(rows, finite, strict=True) if not good
-        }
+        faulty = {rows[i].key: None for i in np.flatnonzero(~np.isfinite(z).all(axis=1)).tolist()}
+        outcome.faulty += faulty
         for stay, row, token, state in zip(stays, rows, tokens, z, strict=True):
             if self._token_rows.counts(row.number):
                 stay.write_token(token, state)
