@@ -17,9 +17,11 @@ other rows can neither widen its sums nor change their order.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,10 @@ from transformers.cache_utils import Cache
 from service.engine.backends.slot_kernel import SlotKernel, check_rows
 
 ATTENTION = "llm4ehr_slots"
+
+
+_caches: WeakValueDictionary[int, SlotCache] = WeakValueDictionary()
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +65,8 @@ class SlotCache(Cache):
         library: ctypes.CDLL | None = None,
     ) -> None:
         super().__init__(layers=[])
+        self.number = next(_numbers)
+        _caches[self.number] = self
         self.n_slots = n_slots
         self.n_first = first[0][0].shape[1] if first else 0
         shape = (n_slots, n_kv_heads, self.n_first + hours, head_dim)
@@ -95,32 +103,44 @@ class SlotCache(Cache):
         """Always 0: rows carry their own positions."""
         return 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Keep `key` and `value` [R, kv heads, D], then attend: `query` [R, heads, D] -> the same.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float) -> Tensor:
+        """Keep `key` and `value` [R, kv heads, 1, D], then attend with `query` [R, heads, 1, D].
 
-        Rows that fill up the tick are neither kept nor computed: zeros.
+        Returns [R, 1, heads, D]; zeros for the rows that fill up the tick, which are not kept.
         """
         if self._kernel is not None:
             return self._kernel(layer, query, key, value, scale)
-        return self._attend_by_torch(layer, query, key, value, scale)
-
-    def _attend_by_torch(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
         keys, values, n = self.keys[layer], self.values[layer], len(self._slots)
         slot, position = torch.tensor(self._slots), torch.tensor(self._lengths) - 1
-        keys[slot, :, position] = key[:n]
-        values[slot, :, position] = value[:n]
+        keys[slot, :, position] = key[:n, :, 0]
+        values[slot, :, position] = value[:n, :, 0]
         out = torch.zeros(query.shape)
         for row, (s, length) in enumerate(zip(self._slots, self._lengths, strict=True)):
             out[row] = nn.functional.scaled_dot_product_attention(
-                query[row, None, :, None],
+                query[row : row + 1],
                 keys[s : s + 1, :, :length],
                 values[s : s + 1, :, :length],
                 scale=scale,
                 enable_gqa=key.shape[1] != query.shape[1],
-            )[0, :, 0]
-        return out
+            )[0]
+        return out.transpose(1, 2).contiguous()
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, cache: int, layer: int, scale: float
+) -> Tensor:
+    """`SlotCache.attend` of the cache with that number, as an operation of torch."""
+    return _caches[cache].attend(query, key, value, layer, scale)
+
+
+_library = torch.library.Library("llm4ehr", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMA = "(Tensor query, Tensor key, Tensor value, int cache, int layer, float scale) -> Tensor"
+_library.define("slot_attention" + _SCHEMA)  # type: ignore[no-untyped-call]
+_library.impl("slot_attention", attend, "CPU")  # type: ignore[no-untyped-call]
+_operation = torch.ops.llm4ehr.slot_attention.default
+
+WITHOUT_DISPATCH = {_operation: attend}
+"""The operation and the function that does it, for who repeats operations by itself."""
 
 
 def slot_attention(
@@ -134,8 +154,7 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """Attention of rows [R, heads, 1, D], each over its own prefix. Returns [R, 1, heads, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = key.cache.attend(key.layer, query[:, :, 0], key.new[:, :, 0], value.new[:, :, 0], scale)
-    return out[:, None], None
+    return _operation(query, key.new, value.new, key.cache.number, key.layer, scale), None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

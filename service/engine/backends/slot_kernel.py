@@ -101,22 +101,22 @@ class SlotKernel:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Attention of `query` [R, heads, D]; new `key` and `value` [R, groups, D] are kept first.
+        """Attention of `query` [R, heads, 1, D]; keeps `key` and `value` [R, groups, 1, D] first.
 
-        Returns [R, heads, D]. Raises ValueError for other shapes or types than `begin` was told.
+        Returns [R, 1, heads, D]. Raises ValueError for rows that do not fit.
         """
         q, k, v = _rows_of(query), _rows_of(key), _rows_of(value)
         _, groups, _, size = self._shape
-        n_rows, heads, width = q.shape
+        n_rows, heads, n_new, width = q.shape
         if (
             n_rows != self._rows.all_rows
-            or width != size
+            or (n_new, width) != (1, size)
             or heads % groups
-            or k.shape != (n_rows, groups, size)
+            or k.shape != (n_rows, groups, 1, size)
             or v.shape != k.shape
         ):
             raise ValueError("rows that do not fit the slots")
-        out = torch.empty(n_rows, heads, size)
+        out = torch.empty(n_rows, 1, heads, size)
         self._attend(
             self._pools[layer], self._rows, heads, scale,
             q.data_ptr(), q.stride(0), q.stride(1),

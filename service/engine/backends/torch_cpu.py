@@ -14,8 +14,9 @@ from torch import Tensor
 from llm4ehr.bundle import Network
 from llm4ehr.model import ModelConfig
 from service.engine.backends.base import DeviceFault, OutOfMemory, TickResult
+from service.engine.backends.recorded import Pass, recorded
 from service.engine.backends.shapes import before_hours, before_tokens, kv_shape, token_positions
-from service.engine.backends.slot_attention import ATTENTION, SlotCache
+from service.engine.backends.slot_attention import ATTENTION, WITHOUT_DISPATCH, SlotCache
 from service.engine.backends.slot_kernel import slot_library
 
 
@@ -64,18 +65,18 @@ class TorchCpuBackend:
         """See `Backend.tick`. Raises ValueError for rows outside the slots."""
         n, size = len(series), self._size(len(series))
         with _memory():
-            cache = self._caches[0]
-            at = cache.begin_tick(slots, hours, size)
-            states = self._model.encode_hours(
-                _filled(series, size), _filled(events, size), None, at, cache
-            )
+            at = self._caches[0].begin_tick(slots, hours, size)
+            inputs = [_filled(series, size), _filled(events, size), at]
             if self.config.events == "stream":
                 if latest is None:
                     raise ValueError("heads read the latest token beside the hour: give `latest`")
-                states = torch.cat([states, _filled(latest, size)], dim=-1)
-            outputs = self._model.predict(states)
+                inputs.append(_filled(latest, size))
+            states, *outputs = self._run(self._hours, size, inputs)
         return TickResult(
-            raw={task: out[:n, 0].numpy().copy() for task, out in outputs.items()},
+            raw={
+                task: out[:n, 0].numpy().copy()
+                for task, out in zip(self.config.heads, outputs, strict=True)
+            },
             hidden=states[:n, 0].numpy().copy(),
         )
 
@@ -88,11 +89,10 @@ class TorchCpuBackend:
             raise ValueError("this network reads no second stream of events")
         n, size = len(ids), self._size(len(ids))
         with _memory():
-            cache = self._caches[1]
-            at = cache.begin_tick(slots, positions, size) + cache.n_first
+            at = self._caches[1].begin_tick(slots, positions, size)
             filled = torch.zeros(size, 1, dtype=torch.long)
             filled[:n, 0] = torch.from_numpy(ids)
-            z = self._model.backbone(self._model.tokens(filled), None, at, cache)
+            (z,) = self._run(self._event_pass, size, [filled, at])
         states: NDArray[np.float32] = z[:n, 0].numpy().copy()
         return states
 
@@ -107,8 +107,34 @@ class TorchCpuBackend:
             raise DeviceFault("no memory for half of the slots") from error
         return True
 
+    # --- one pass ----------------------------------------------------------------------------
+
+    def _hours(
+        self, series: Tensor, events: Tensor, hours: Tensor, *latest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """States of the rows, then the outputs of each head."""
+        v = self._model.encode_hours(series, events, None, hours, self._caches[0])
+        states = torch.cat([v, *latest], dim=-1) if latest else v
+        return (states, *self._model.predict(states).values())
+
+    def _event_pass(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """z of the rows."""
+        cache = self._caches[1]
+        embeds = self._model.tokens(ids)
+        return (self._model.backbone(embeds, None, positions + cache.n_first, cache),)
+
+    def _run(self, run: Pass, size: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A pass over `size` rows: recorded the first time, repeated from then on."""
+        key = run.__name__, size
+        if key not in self._passes:
+            self._passes[key] = recorded(run, inputs, WITHOUT_DISPATCH)
+        return self._passes[key](*inputs)
+
+    # --- memory ------------------------------------------------------------------------------
+
     def _allocate(self) -> None:
         """Slots of the hours, and of the event pass if there is one. Old ones are freed first."""
+        self._passes: dict[tuple[str, int], Pass] = {}
         self._caches.clear()
         positions = [self._network.preprocessing.max_hours]
         if self.config.events == "stream":

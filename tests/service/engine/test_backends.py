@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -99,9 +98,11 @@ def _positions(patch: pytest.MonkeyPatch) -> None:
 def _no_write_of_values(patch: pytest.MonkeyPatch) -> None:
     attend = SlotCache.attend
 
-    def changed(self: SlotCache, layer: int, *rows: Any) -> torch.Tensor:
+    def changed(
+        self: SlotCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, s: float
+    ) -> torch.Tensor:
         kept = self.values[layer].clone()
-        out = attend(self, layer, *rows)
+        out = attend(self, q, k, v, layer, s)
         self.values[layer].copy_(kept)
         return out
 
@@ -110,7 +111,7 @@ def _no_write_of_values(patch: pytest.MonkeyPatch) -> None:
 
 def _one_layer_reads_another_one(patch: pytest.MonkeyPatch) -> None:
     attend = SlotCache.attend
-    patch.setattr(SlotCache, "attend", lambda self, layer, *rows: attend(self, 0, *rows))
+    patch.setattr(SlotCache, "attend", lambda self, *a: attend(self, *a[:3], 0, a[4]))
 
 
 @pytest.mark.parametrize(

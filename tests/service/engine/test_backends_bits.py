@@ -28,18 +28,19 @@ from tests.backends import (
 )
 from tests.online import ROWS
 
+CASES = [(*pair, "compiled") for pair in NETWORKS]
+CASES += [("gpt2", "plain", "reference"), ("llama", "kv", "reference")]
 
-@pytest.fixture(params=["compiled", "reference"])
-def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the compiled kernel and without."""
-    if request.param == "reference":
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+def network(
+    request: pytest.FixtureRequest, tiny_network: Make, monkeypatch: pytest.MonkeyPatch
+) -> Network:
+    """With the compiled kernel, and twice without."""
+    family, tuning, attention = request.param
+    if attention == "reference":
         monkeypatch.setattr("service.engine.backends.torch_cpu.slot_library", lambda: None)
-    return str(request.param)
-
-
-@pytest.fixture(params=NETWORKS, ids=lambda pair: "-".join(pair))
-def network(request: pytest.FixtureRequest, tiny_network: Make, attention: str) -> Network:
-    return tuned(tiny_network, *request.param)
+    return tuned(tiny_network, family, tuning)
 
 
 @pytest.fixture(scope="module")

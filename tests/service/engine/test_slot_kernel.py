@@ -51,7 +51,7 @@ class Slots:
     def rows(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value, with the strides of parts of one larger tensor."""
         wide = self.drawn(n, self.heads + 2 * self.groups, self.size)
-        q, k, v = wide.split([self.heads, self.groups, self.groups], dim=1)
+        q, k, v = wide[:, :, None].split([self.heads, self.groups, self.groups], dim=1)
         return q, k, v
 
     def kernel(self, threads: int = 1) -> SlotKernel:
@@ -62,7 +62,7 @@ class Slots:
         self, slots: list[int], lengths: list[int], rows: tuple[Tensor, ...], scale: float
     ) -> Tensor:
         """In double precision, after the writes."""
-        q, k, v = (part.double() for part in rows)
+        q, k, v = (part[:, :, 0].double() for part in rows)
         keys, values = self.keys.double(), self.values.double()
         for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
             keys[slot, :, length - 1], values[slot, :, length - 1] = k[row], v[row]
@@ -71,7 +71,7 @@ class Slots:
             per_group = q[row].view(self.groups, -1, self.size)
             weights = (per_group @ keys[slot, :, :length].mT * scale).softmax(-1)
             out[row] = (weights @ values[slot, :, :length]).view(self.heads, self.size)
-        return out
+        return out[:, None]
 
 
 @given(data=st.data())
@@ -146,7 +146,7 @@ def test_numbers_that_are_none_stay_visible() -> None:
         kernel.begin([0, 1, 2], [9, 9, 9], 3)
         out = kernel(0, q.abs(), k, v, 0.2)
         assert out[0].isnan().all()
-        assert not out[1, :, 5].isfinite().any()
+        assert not out[1, 0, :, 5].isfinite().any()
         assert out[2].isfinite().all()
 
 
