@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,21 @@ from hypothesis import strategies as st
 
 from llm4ehr.bundle import Bundle, Network
 from llm4ehr.episode import Episode
-from service.core import EpisodeView, Scores, entries_as_of, episode_at
+from service.core import EpisodeView, Overloaded, Scores, entries_as_of, episode_at
+from service.engine.backends.base import OutOfMemory, TickResult
+from service.engine.backends.torch_cpu import TorchCpuBackend
+from service.engine.backends.verify import agreeing_sizes
 from service.engine.engine import EngineStopped, OnlineEngine
-from tests.online import Answers, Replica, assert_same_bits, engine_of, tiny_bundle, view_of
+from tests.online import (
+    ROWS,
+    Answers,
+    Gate,
+    Replica,
+    assert_same_bits,
+    engine_of,
+    tiny_bundle,
+    view_of,
+)
 from tests.properties.clients import N_HOURS, Item, Record, deliveries, said, ventilation
 from tests.service.fakes import creatinine, hr
 
@@ -24,7 +37,7 @@ PATIENCE_S = 60
 """Of one example, which takes less than one."""
 
 # What happens between two requests.
-EVENTS = ("answer", "go on", "go on", "forget", "restart", "neighbours", "longer")
+EVENTS = ("answer", "go on", "go on", "forget", "restart", "neighbours", "longer", "no memory")
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +56,40 @@ def neighbours(random_episode: Stay) -> list[EpisodeView]:
     return [view_of(random_episode(seed, 5 + 4 * seed)) for seed in range(4)]
 
 
+@pytest.fixture(scope="module")
+def tick_sizes(bundle: Bundle) -> tuple[int, ...]:
+    backend = TorchCpuBackend(bundle.network, n_slots=4, max_rows=ROWS)
+    return agreeing_sizes(backend, bundle.network, ROWS)
+
+
+class Scarce(Gate):
+    """Has no memory for the next tick once it was told so."""
+
+    scarce = False
+
+    def tick(self, *rows: Any) -> TickResult:
+        if self.scarce:
+            self.scarce = False
+            raise OutOfMemory
+        return super().tick(*rows)
+
+
 class Ward:
     """An engine under a stay and its neighbours, to which things happen."""
 
-    def __init__(self, bundle: Bundle, neighbours: list[EpisodeView]) -> None:
-        self._bundle, self._neighbours = bundle, neighbours
+    def __init__(
+        self, bundle: Bundle, neighbours: list[EpisodeView], tick_sizes: tuple[int, ...]
+    ) -> None:
+        self._bundle, self._neighbours, self._tick_sizes = bundle, neighbours, tick_sizes
         self._engine: OnlineEngine | None = None
         self._futures: list[asyncio.Future[Scores]] = []
 
     def start(self, n_slots: int) -> None:
         self.stop()
-        self._engine = engine_of(self._bundle, n_slots=n_slots)
+        made = TorchCpuBackend(self._bundle.network, n_slots=n_slots, max_rows=ROWS)
+        made.tick_sizes = self._tick_sizes
+        self._backend = Scarce(made)
+        self._engine = engine_of(self._bundle, backend=self._backend)
         self._engine.start()
 
     def stop(self) -> None:
@@ -75,12 +111,15 @@ class Ward:
             engine.forget(view.episode_id)
         elif event == "restart":
             self.start(n_slots)
+        elif event == "no memory":
+            self._backend.scarce = True
 
     async def last(self, view: EpisodeView) -> Scores:
         assert self._engine is not None
+        self._backend.scarce = False
         scores = await self._engine.submit(view)
         outcomes = await asyncio.gather(*self._futures, return_exceptions=True)
-        assert {type(o) for o in outcomes} <= {Scores, EngineStopped}
+        assert {type(o) for o in outcomes} <= {Scores, EngineStopped, Overloaded}
         return scores
 
     async def past(self, view: EpisodeView) -> Scores:
@@ -97,9 +136,13 @@ def everything(bundle: Bundle, items: list[Item]) -> EpisodeView:
 @given(data=st.data())
 @settings(max_examples=80)
 def test_what_happens_on_the_way_does_not_matter(
-    bundle: Bundle, replica: Replica, neighbours: list[EpisodeView], data: st.DataObject
+    bundle: Bundle,
+    replica: Replica,
+    neighbours: list[EpisodeView],
+    tick_sizes: tuple[int, ...],
+    data: st.DataObject,
 ) -> None:
-    """Order, repetition, splitting, neighbours, slots, eviction, forgetting, restarts."""
+    """Order, repetition, splitting, neighbours, slots, eviction, forgetting, restarts, memory."""
     items = data.draw(said())
     requests = data.draw(deliveries(items))
     slots = st.integers(1, 3)
@@ -107,7 +150,7 @@ def test_what_happens_on_the_way_does_not_matter(
     record = Record(bundle.network.vocabulary)
 
     async def stream() -> tuple[Scores, list[tuple[EpisodeView, Scores]]]:
-        ward = Ward(bundle, neighbours)
+        ward = Ward(bundle, neighbours, tick_sizes)
         ward.start(data.draw(slots))
         try:
             for request, (event, n_slots) in zip(requests, happenings, strict=True):
