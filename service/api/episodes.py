@@ -36,6 +36,8 @@ _WRITE_PROBLEMS = (
     "unsupported-media-type",
     "invalid-request",
     "episode-id-invalid",
+    "too-many-requests",
+    "log-busy",
     "log-unavailable",
 )
 
@@ -47,7 +49,7 @@ _WRITE_PROBLEMS = (
     response_model=EpisodeListOut,
     responses={
         200: example(examples.EPISODES),
-        **problems.documented("invalid-request"),
+        **problems.documented("invalid-request", "too-many-requests"),
     },
 )
 async def list_episodes(context: ContextDep, query: Annotated[ListQuery, Query()]) -> Response:
@@ -84,6 +86,7 @@ async def list_episodes(context: ContextDep, query: Annotated[ListQuery, Query()
             "episode-deleted",
             "episode-id-invalid",
             "invalid-request",
+            "too-many-requests",
             "log-unavailable",
         ),
     },
@@ -161,7 +164,9 @@ async def patch_episode(request: Request, context: ContextDep, episode_id: Episo
     operation_id="deleteEpisode",
     summary="Delete a stay",
     status_code=204,
-    responses=problems.documented("episode-unknown", "episode-id-invalid", "log-unavailable"),
+    responses=problems.documented(
+        "episode-unknown", "episode-id-invalid", "too-many-requests", "log-busy", "log-unavailable"
+    ),
 )
 async def delete_episode(context: ContextDep, episode_id: EpisodeId) -> Response:
     """The stay no longer answers and its id stays taken. What was recorded remains in the log, and

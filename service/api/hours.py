@@ -36,6 +36,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "invalid-request",
         "hour-out-of-range",
         "hour-in-the-future",
+        "too-many-requests",
         "model-fault",
         "log-unavailable",
         "overloaded",

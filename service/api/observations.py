@@ -41,6 +41,8 @@ router = APIRouter(tags=["episodes"])
             "invalid-request",
             "episode-id-invalid",
             "all-items-rejected",
+            "too-many-requests",
+            "log-busy",
             "log-unavailable",
         ),
     },

@@ -61,7 +61,8 @@ class Server:
     ) -> None:
         self.port = port or free_port()
         self.log_path = folder / "log.sqlite"
-        self._folder, self._arguments = folder, arguments
+        self._folder = folder
+        self.command = [sys.executable, "-m", "service", "serve", *arguments]
         self._environment = environment(
             repository, port=self.port, log_path=self.log_path, **settings
         )
@@ -89,7 +90,7 @@ class Server:
     def start(self) -> None:
         with (self._folder / "output.txt").open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "service", "serve", *self._arguments],
+                self.command,
                 env=self._environment,
                 cwd=self._folder,
                 stdout=output,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ import pytest
 from service.server import FATAL_STATUS
 from service.times import format_time
 from tests.end_to_end.load import HOURS, Acknowledged, requests
-from tests.end_to_end.server import PATIENCE_S, ROOT, Server, environment
+from tests.end_to_end.server import PATIENCE_S, Server
 from tests.end_to_end.test_kill9 import read_log
 
 N_CLIENTS = 4
@@ -148,27 +147,43 @@ def test_a_second_signal_ends_it_at_once(repository: Path, tmp_path: Path) -> No
 
 
 FAILS = """
-import sys, threading
-from service.runtime import build_app
-from service.server import Server
-from service.settings import Settings
-settings, fatal = Settings(), threading.Event()
-server = Server(build_app(settings), settings, fatal)
-threading.Timer(0.1, fatal.set).start()
-server.run()
-assert server.started and server.failed
-sys.exit(70)
+import itertools, sys
+from service.__main__ import main
+from service.engine.backends.base import DeviceFault
+from service.engine.backends.torch_cpu import TorchCpuBackend
+from service.engine.engine import OnlineEngine
+
+tick, start, count = TorchCpuBackend.tick, OnlineEngine.start, itertools.count()
+
+def failing(self, *arguments):
+    if next(count) == 20:
+        raise DeviceFault("gone")
+    return tick(self, *arguments)
+
+def started(self):
+    TorchCpuBackend.tick = failing
+    start(self)
+
+OnlineEngine.start = started
+sys.exit(main(["serve"]))
 """
 
 
 @pytest.mark.slow
-def test_a_fatal_fault_ends_it_without_grace(repository: Path, tmp_path: Path) -> None:
-    settings = environment(
-        repository,
-        port=0,
-        log_path=tmp_path / "log.sqlite",
-        drain_grace_seconds=600,
-        drain_timeout_seconds=1200,
-    )
-    done = subprocess.run([sys.executable, "-c", FAILS], env=settings, cwd=ROOT, timeout=PATIENCE_S)
-    assert done.returncode == FATAL_STATUS
+def test_a_broken_device_ends_it_with_a_status_of_its_own(repository: Path, tmp_path: Path) -> None:
+    """Without the grace, for nothing can be computed; what was acknowledged is in the log."""
+    server = Server(repository, tmp_path, drain_grace_seconds=600, drain_timeout_seconds=1200)
+    server.command = [sys.executable, "-c", FAILS]
+    with server:
+        clients = Clients(server.port)
+        try:
+            assert server.wait() == FATAL_STATUS
+        finally:
+            clients.join()
+        assert not clients.errors
+        assert "DeviceFault" in server.output
+        assert "gone" not in server.output
+    log = read_log(server.log_path)
+    assert clients.acknowledged
+    for ack in clients.acknowledged:
+        assert log[ack.episode][ack.seq - 1].item_id == ack.item_id
