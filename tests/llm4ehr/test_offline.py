@@ -57,7 +57,7 @@ def test_scores_are_those_of_a_direct_forward(
 
 def test_shapes_and_order(tiny_network: Make, stays: list[Episode]) -> None:
     network = tiny_network(heads={"mortality": 1, "phenotyping": 3})
-    scores = list(score_episodes(network, stays, batch_size=3))
+    scores = list(score_episodes(network, stays, batch_hours=100))
     assert [s.episode_id for s in scores] == [e.episode_id for e in stays]
     for n, s in zip(LENGTHS, scores, strict=True):
         assert s.hidden.shape == (n, 16)
@@ -72,10 +72,11 @@ def test_shapes_and_order(tiny_network: Make, stays: list[Episode]) -> None:
 def test_stays_without_hours_give_no_rows(tiny_network: Make) -> None:
     network = tiny_network()
     empty = [empty_episode("a"), empty_episode("b", n_hours=2)]
-    for batch_size in (1, 2):
-        none, two = score_episodes(network, empty, batch_size)
+    for batch_hours in (1, 100):
+        none, two = score_episodes(network, empty, batch_hours)
         assert none.hidden.shape == (0, 16)
         assert none.raw["mortality"].shape == (0, 1)
+        assert none.observed.shape == (0, 11)
         assert none.answers(default_calibration(list(none.raw)))["mortality"].shape == (0, 1)
         assert two.hidden.shape == (2, 16)
         assert np.isfinite(two.hidden).all()
@@ -96,8 +97,8 @@ def test_batch_size_and_neighbours_do_not_matter(
 ) -> None:
     network = tiny_network(family)
     together = list(score_episodes(network, stays))
-    for batch_size in (1, 2, 5):
-        for a, b in zip(together, score_episodes(network, stays, batch_size), strict=True):
+    for batch_hours in (1, 60, 150):
+        for a, b in zip(together, score_episodes(network, stays, batch_hours), strict=True):
             assert_close(a, b)
     backwards = list(score_episodes(network, stays[::-1]))[::-1]
     for a, b in zip(together, backwards, strict=True):
