@@ -5,7 +5,7 @@ Equal facts give equal arrays, in whatever order and portions they came.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +30,10 @@ def with_observations(
     place = _place(episode.obs_hours, hours)
     hours = np.concatenate([episode.obs_hours[place:], hours])
     variable = _appended(
-        episode.obs_variable[place:], (VARIABLE_INDEX[p["variable"]] for p in payloads)
+        episode.obs_variable[place:], [VARIABLE_INDEX[p["variable"]] for p in payloads]
     )
-    priority = _appended(episode.obs_priority[place:], (p["priority"] for p in payloads))
-    value = _appended(episode.obs_value[place:], (p["value"] for p in payloads))
+    priority = _appended(episode.obs_priority[place:], [p["priority"] for p in payloads])
+    value = _appended(episode.obs_value[place:], [p["value"] for p in payloads])
     order = np.lexsort((value, priority, variable, hours))
     return replace(
         episode,
@@ -52,9 +52,9 @@ def with_events(
         return episode, units
     place = _place(episode.ev_hours, hours)
     hours = np.concatenate([episode.ev_hours[place:], hours])
-    code = _appended(episode.ev_code[place:], (p["code"] for p in payloads))
+    code = _appended(episode.ev_code[place:], [p["code"] for p in payloads])
     value = _appended(
-        episode.ev_value[place:], (np.nan if p["value"] is None else p["value"] for p in payloads)
+        episode.ev_value[place:], [np.nan if p["value"] is None else p["value"] for p in payloads]
     )
     later = [*units[place:], *(p["unit"] for p in payloads)]
     said = np.array([unit or "" for unit in later], dtype=np.str_)
@@ -100,5 +100,5 @@ def _place(hours: NDArray[np.float64], new: NDArray[np.float64]) -> int:
     return int(np.searchsorted(hours, new.min()))
 
 
-def _appended(old: NDArray[Any], new: Iterable[Any]) -> NDArray[Any]:
-    return np.concatenate([old, np.array(list(new), dtype=old.dtype)])
+def _appended(old: NDArray[Any], new: list[Any]) -> NDArray[Any]:
+    return np.concatenate([old, np.array(new, dtype=old.dtype)])

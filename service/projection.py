@@ -185,15 +185,14 @@ def _with_items(
             ignored[reason] = ignored.get(reason, 0) + n
     used = live[~(early | late | after)]
 
-    rows = used.tolist()
-    observations = [i for i in rows if items.entries[i].kind == "observation"]
-    events = [i for i in rows if items.entries[i].kind == "event"]
+    observed = np.array([e.kind == "observation" for e in items.entries], dtype=np.bool_)
+    observations, events = used[observed[used]], used[~observed[used]]
     head_hour = max(view.head_hour, int(items.hour[used].max(initial=-1)))
     episode = replace(view.episode, n_hours=head_hour + 1)
     episode = with_observations(episode, items.payloads(observations), items.hours[observations])
     happened = items.payloads(events)
     episode, event_units = with_events(episode, view.event_units, happened, items.hours[events])
-    n_observations = sum(items.entries[i].kind == "observation" for i in live.tolist())
+    n_observations = int(observed[live].sum())
     counts = dict(view.counts)
     counts["observations"] += n_observations
     counts["events"] += len(live) - n_observations

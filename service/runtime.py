@@ -68,6 +68,9 @@ def build_app(
         # be felt by a request and finds nothing: they live as long as the process.
         gc.collect()
         gc.freeze()
+        # Log entries are many and in no circle: reading a log at the usual pace of collections
+        # takes longer for them than for the reading.
+        gc.set_threshold(20_000, 20, 20)
         try:
             async with serve(app):
                 yield

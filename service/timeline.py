@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -45,8 +45,8 @@ class Items:
             names.setdefault(entry.payload["content"], i)
         return names | {e.item_id: i for i, e in enumerate(self.entries)}
 
-    def payloads(self, places: Sequence[int]) -> list[Mapping[str, Any]]:
-        return [self.entries[i].payload for i in places]
+    def payloads(self, places: NDArray[np.intp]) -> list[Mapping[str, Any]]:
+        return [self.entries[i].payload for i in places.tolist()]
 
     def target(self, entry: Entry) -> int | None:
         """Place of the item that an entry names, if it has arrived."""

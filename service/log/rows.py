@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -37,7 +37,13 @@ def to_row(entry: Entry) -> tuple[Any, ...]:
     return (*entry[:-1], to_json(entry.payload))
 
 
-def from_row(episode_id: str, row: Sequence[Any]) -> Entry:
-    """Inverse of `to_row` for a row without its first column."""
-    # Strings that many rows have in common are one object.
-    return Entry._make((episode_id, *row[:-1], from_json(row[-1], cache_strings="all")))
+def from_rows(episode_id: str, rows: Iterable[Sequence[Any]]) -> list[Entry]:
+    """Inverse of `to_row` for rows without their first column."""
+    # Strings that many rows have in common become one object.
+    return [
+        Entry(
+            episode_id, seq, kind, item_id, effective_us, available_us, recorded_us, target,
+            from_json(payload, cache_strings="all"),
+        )
+        for seq, kind, item_id, effective_us, available_us, recorded_us, target, payload in rows
+    ]  # fmt: skip

@@ -23,7 +23,7 @@ import apsw
 
 from service.entries import Draft, Entry
 from service.log.base import EventLog, LogUnavailable, SequenceConflict
-from service.log.rows import from_row, number, to_row
+from service.log.rows import from_rows, number, to_row
 
 SCHEMA_VERSION = 1
 MIN_SQLITE = 3_051_003
@@ -139,9 +139,9 @@ class SqliteLog(EventLog):
 
     async def entries(self, episode_id: str, after_seq: int = 0) -> list[Entry]:
         return await self._read(
-            lambda db: [
-                from_row(episode_id, row) for row in db.execute(_ENTRIES, (episode_id, after_seq))
-            ]
+            lambda db: from_rows(
+                episode_id, db.execute(_ENTRIES, (episode_id, after_seq)).fetchall()
+            )
         )
 
     async def episode_ids(self) -> list[str]:
