@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -27,6 +28,9 @@ _NOT_TRACED = ("/v2/health", "/metrics", "/operator")
 
 _MAX_LINKS = 128
 
+# The exporter would go on trying for longer than a stop should take.
+_CLOSE_S = 2.0
+
 
 def exporting(to: Literal["console", "otlp"]) -> Tracing:
     """Spans to the standard output, or to the collector that the OTEL_EXPORTER_OTLP_ variables
@@ -40,7 +44,7 @@ def exporting(to: Literal["console", "otlp"]) -> Tracing:
 
         exporter = OTLPSpanExporter()
     resource = Resource.create({"service.name": "llm4ehr", "service.version": __version__})
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return OtelTracing(provider)
 
@@ -87,7 +91,10 @@ class OtelTracing(Tracing):
         ).end(ended)
 
     def close(self) -> None:
-        self._provider.shutdown()
+        """Send what is left, if the collector takes it in time."""
+        sending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(_CLOSE_S)
 
     def _record(self, name: str, seconds: float, parent: SpanContext) -> None:
         """A span that ends now."""

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llm4ehr import __version__
 from service.api.problems import KEEPS_LOAD_OFF, PROBLEMS, Problem
 from service.core import BundleInfo
+from service.engine.metrics import SECONDS
 from service.ingest import ItemResult
 from service.lifecycle import Lifecycle
 from service.timing import begin
@@ -51,13 +52,13 @@ class Metrics:
         self.commit_seconds = Histogram(
             "llm4ehr_ingest_commit_seconds",
             "Time until an append to the log was durable",
-            buckets=_BUCKETS,
+            buckets=SECONDS,
             registry=registry,
         )
         self.published_seconds = Histogram(
             "llm4ehr_score_published_seconds",
             "Time from a write that was committed until the scores of its view can be read",
-            buckets=_BUCKETS,
+            buckets=SECONDS,
             registry=registry,
         )
         self.loop_lag_seconds = Histogram(

@@ -20,7 +20,12 @@ slot; for a view of the past; to compare with what was published; by a version o
 
 MAX_RETRY_S = 30
 
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+SECONDS = (
+    *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
+    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+"""Bounds of the buckets of times; fine where they should lie."""
+
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 # Weight of the newest tick in the running mean of the time of a row.
@@ -32,7 +37,7 @@ class _Families:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def seconds(name: str, text: str, *labels: str) -> Histogram:
-            return Histogram(name, text, ["model", *labels], buckets=_SECONDS, registry=registry)
+            return Histogram(name, text, ["model", *labels], buckets=SECONDS, registry=registry)
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, ["model", *labels], registry=registry)
