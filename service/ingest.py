@@ -131,12 +131,12 @@ class Validator:
         return self._new.get(name) if entry is None else _Kept(entry.seq, entry)
 
     def _judge(
-        self, list_: ListName, index: int, raw: object, read: Callable[[object], Said]
+        self, list_: ListName, index: int, raw: object, read: Callable[[object, str | None], Said]
     ) -> None:
         own_id: str | None = None
         try:
             own_id = own_id_of(raw)
-            said = read(raw)
+            said = read(raw, own_id)
             kept = self._find(said.item_id)
             if kept is not None:
                 self.results.append(_duplicate(list_, index, said, kept))

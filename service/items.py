@@ -56,10 +56,10 @@ class Said:
         return self.own_id or self.content
 
 
-def read_observation(raw: object) -> Said:
-    """Raises ItemError."""
+def read_observation(raw: object, own_id: str | None) -> Said:
+    """`own_id` is what `own_id_of` gives. Raises ItemError."""
     item = _object(raw, _OBSERVATION)
-    own_id, target = own_id_of(item), _id(item, "corrects")
+    target = _id(item, "corrects")
     variable, code, system = item.get("variable"), item.get("code"), _system(item)
     if (variable is None) == (code is None) or (variable is not None and system is not None):
         raise ItemError("unknown-variable", "either `variable` or `code` is required")
@@ -90,10 +90,10 @@ def read_observation(raw: object) -> Said:
     )  # fmt: skip
 
 
-def read_event(raw: object) -> Said:
-    """Raises ItemError."""
+def read_event(raw: object, own_id: str | None) -> Said:
+    """`own_id` is what `own_id_of` gives. Raises ItemError."""
     item = _object(raw, _EVENT)
-    own_id, target = own_id_of(item), _id(item, "corrects")
+    target = _id(item, "corrects")
     code = canonical_code(_code(item), _system(item))
     display = item.get("display")
     if display is not None and (not isinstance(display, str) or len(display) > _MAX_TEXT):
@@ -116,10 +116,10 @@ def read_event(raw: object) -> Said:
     )  # fmt: skip
 
 
-def read_withdrawal(raw: object) -> Said:
-    """Raises ItemError."""
+def read_withdrawal(raw: object, own_id: str | None) -> Said:
+    """`own_id` is what `own_id_of` gives. Raises ItemError."""
     item = _object(raw, _WITHDRAWAL)
-    own_id, target = own_id_of(item), _id(item, "withdraws")
+    target = _id(item, "withdraws")
     if target is None:
         raise ItemError("id-invalid", "a withdrawal names the item it withdraws")
     return Said(

@@ -12,8 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Protocol
+from typing import Literal, Protocol
 
 from llm4ehr.variables import UnitError
 
@@ -130,11 +131,10 @@ def convert_event(code: str, value: float, unit: str | None, to: str) -> float:
         raise UnitError("unit-missing", f"a unit is required: {to} or one that converts to it")
     if unit.strip() == to:
         return value
-    given, wanted = _parse(unit), _parse(to)
-    if given is None:
+    factor = _factor_between(code, unit, to)
+    if factor == "unit-unknown":
         raise UnitError("unit-unknown", f"the unit is not known; expected: {to}")
-    factor = None if wanted is None else _factor(code, given, wanted)
-    if factor is None:
+    if factor == "unit-not-convertible":
         raise UnitError("unit-not-convertible", f"the unit does not convert to {to}")
     try:
         converted = value * factor.numerator / factor.denominator
@@ -143,6 +143,19 @@ def convert_event(code: str, value: float, unit: str | None, to: str) -> float:
     if not math.isfinite(converted):
         raise UnitError("value-out-of-range", f"too large a number in {to}")
     return converted
+
+
+# A feed uses few pairs of units; the bound is for feeds that make them up.
+@lru_cache(maxsize=4096)
+def _factor_between(
+    code: str, unit: str, to: str
+) -> Fraction | Literal["unit-unknown", "unit-not-convertible"]:
+    """What to multiply with, or why there is nothing."""
+    given, wanted = _parse(unit), _parse(to)
+    if given is None:
+        return "unit-unknown"
+    factor = None if wanted is None else _factor(code, given, wanted)
+    return "unit-not-convertible" if factor is None else factor
 
 
 def _factor(
