@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -81,7 +82,8 @@ def _run(settings: Settings, beside: Callable[[Server], None] | None = None) -> 
     if not server.started:
         raise OSError(f"the service could not start on {settings.host}:{settings.port}")
     if server.failed:
-        sys.exit(FATAL_STATUS)
+        # What touches a broken device may hang, the end of the interpreter included.
+        os._exit(FATAL_STATUS)
 
 
 class _Replay:

@@ -84,11 +84,10 @@ class Server(uvicorn.Server):
     def _drain(self, grace_s: float) -> None:
         self._lifecycle.draining = True
         self._stop_at = time.monotonic() + grace_s
-        limit = threading.Timer(self._timeout_s, _give_up)
+        limit = threading.Timer(self._timeout_s, self._give_up)
         limit.daemon = True
         limit.start()
 
-
-def _give_up() -> None:
-    _logger.critical("the service did not stop in time")
-    os._exit(TIMEOUT_STATUS)
+    def _give_up(self) -> None:
+        _logger.critical("the service did not stop in time")
+        os._exit(FATAL_STATUS if self.failed else TIMEOUT_STATUS)
