@@ -14,6 +14,7 @@ from torch import Tensor
 from llm4ehr.bundle import Network
 from llm4ehr.model import ModelConfig
 from service.engine.backends.base import DeviceFault, OutOfMemory, TickResult
+from service.engine.backends.linear import Precision, pack_linears
 from service.engine.backends.recorded import Pass, recorded
 from service.engine.backends.shapes import before_hours, before_tokens, kv_shape, token_positions
 from service.engine.backends.slot_attention import ATTENTION, WITHOUT_DISPATCH, SlotCache
@@ -29,7 +30,9 @@ class TorchCpuBackend:
     name = "torch-cpu"
     chained = True
 
-    def __init__(self, network: Network, *, n_slots: int, max_rows: int) -> None:
+    def __init__(
+        self, network: Network, *, n_slots: int, max_rows: int, precision: Precision = "fp32"
+    ) -> None:
         if reason := network.not_online:
             raise ValueError(reason)
         self._network = network
@@ -40,6 +43,7 @@ class TorchCpuBackend:
         self._model = copy.deepcopy(network.model).eval()
         self._before = before_hours(self._model), before_tokens(self._model)
         self._model.backbone.model.set_attn_implementation(ATTENTION)
+        pack_linears(self._model.backbone, precision)
         self._caches: list[SlotCache] = []
         self._allocate()
 
