@@ -13,12 +13,13 @@ Shape legend: T hours, S series features, C vocabulary codes, N tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm4ehr.hourly import BinEdge, hour_of, in_force, latest_by_cell, running_max
+from llm4ehr.hourly import BinEdge, hour_of, last_cells, latest_by_cell, running_max
 from llm4ehr.preprocessing import (
     MAX_HOURS,
     N_VARIABLES,
@@ -122,8 +123,9 @@ def hourly_grid(
         episode.obs_value[inside],
     )
     variable, row = np.divmod(cell, max(n_rows, 1))
-    values = in_force(row, variable, value, _NORMAL, n_rows)
-    last_row = in_force(row, variable, row, np.full(N_VARIABLES, -1), n_rows)
+    place = last_cells(row, variable, n_rows, N_VARIABLES)
+    values = np.concatenate([_NORMAL, value])[place]
+    last_row = np.concatenate([np.full(N_VARIABLES, -1), row])[place]
     if imputation == "linear":
         for v in np.unique(variable):
             points = variable == v
@@ -177,9 +179,8 @@ def event_channels(
     seen[:1] = last_row
     seen[row, code] = row
     age = steps - running_max(seen)
-    fading = np.exp(-np.arange(n_hours) / _RECENCY_HOURS)
     out[first:, :, 1] = age == 0
-    out[first:, :, 2] = np.append(fading, 0.0).astype(np.float32).take(np.minimum(age, n_hours))
+    out[first:, :, 2] = _fading(n_hours).take(np.minimum(age, n_hours))
 
     valued = np.flatnonzero(~np.isnan(value))
     cell, _, latest = latest_by_cell(
@@ -190,8 +191,15 @@ def event_channels(
     )
     valued_code, valued_row = np.divmod(cell, max(n_rows, 1))
     normalised = vocabulary.normalise(valued_code, latest).astype(np.float32)
-    out[first:, :, 0] = in_force(valued_row, valued_code, normalised, last_value, n_rows)
+    place = last_cells(valued_row, valued_code, n_rows, n_codes)
+    out[first:, :, 0] = np.concatenate([last_value, normalised]).take(place)
     return out.reshape(n_hours, n_codes * EVENT_CHANNELS)
+
+
+@lru_cache(maxsize=256)
+def _fading(n_hours: int) -> NDArray[np.float32]:
+    """Recency by hours since the last event, and 0 at the end: there was none."""
+    return np.append(np.exp(-np.arange(n_hours) / _RECENCY_HOURS), 0.0).astype(np.float32)
 
 
 def event_tokens(

@@ -36,30 +36,31 @@ def latest_by_cell(
         return cell, hours, value
     order = np.lexsort((value, hours, -priority.astype(np.int64), cell))
     cell, priority, hours, value = cell[order], priority[order], hours[order], value[order]
-    last = np.flatnonzero(np.append(cell[1:] != cell[:-1], True))
-    new_tie = np.ones(cell.size, dtype=bool)
-    new_tie[1:] = (
-        (cell[1:] != cell[:-1]) | (priority[1:] != priority[:-1]) | (hours[1:] != hours[:-1])
-    )
-    tie_start = np.maximum.accumulate(np.where(new_tie, np.arange(cell.size), 0))[last]
+    new_cell = np.ones(cell.size + 1, dtype=bool)  # and one after the last
+    np.not_equal(cell[1:], cell[:-1], out=new_cell[1:-1])
+    new_tie = new_cell[:-1].copy()
+    new_tie[1:] |= (priority[1:] != priority[:-1]) | (hours[1:] != hours[:-1])
+    last = np.flatnonzero(new_cell[1:])
+    ties = np.flatnonzero(new_tie)
+    tie_start = ties[np.searchsorted(ties, last, side="right") - 1]
     size = last - tie_start + 1
     median = (value[tie_start + (size - 1) // 2] + value[tie_start + size // 2]) / 2
     return cell[last], hours[last], median
 
 
-def in_force(
-    row: NDArray[np.int64], column: NDArray[np.int64], value: NDArray[Any], before: NDArray[Any],
-    n_rows: int,
-) -> NDArray[Any]:  # fmt: skip
-    """What the last cell up to each row of a column holds, or `before` where there is none yet.
+def last_cells(
+    row: NDArray[np.int64], column: NDArray[np.int64], n_rows: int, n_columns: int
+) -> NDArray[np.int32]:
+    """Which cell is the last of its column up to each row, rows rising within each column.
 
-    `row`, `column` and `value` [n] are one item a cell, rows rising within each column; `before`
-    [columns] is what was in force ahead of row 0. Returns [n_rows, columns].
+    Returns [n_rows, n_columns]: `n_columns` + i for cell i, and the number of the column itself
+    before its first cell. With it a table of what was in force ahead of row 0, followed by what the
+    cells hold, is read off.
     """
-    place = np.empty((n_rows, len(before)), dtype=np.int32)
-    place[:] = np.arange(len(before))
-    place[row, column] = np.arange(len(before), len(before) + len(value))
-    return np.concatenate([before, value]).take(running_max(place))
+    place = np.empty((n_rows, n_columns), dtype=np.int32)
+    place[:] = np.arange(n_columns)
+    place[row, column] = np.arange(n_columns, n_columns + len(row))
+    return running_max(place)
 
 
 def running_max(a: NDArray[Any]) -> NDArray[Any]:
