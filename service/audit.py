@@ -93,8 +93,10 @@ class Auditor:
                 return "skipped"
             view = episode_at(entries)
             fresh = await engine.submit_as_of(view, len(served.scores.hours))
+            equal = _same_bits(fresh, served.scores)
             self._audits.inc()
-            if _same_bits(fresh, served.scores):
+            serving.model.on_audit(equal)
+            if equal:
                 return "equal"
             self._mismatches.inc()
             _logger.critical("an audit found other numbers than were served; scoring the stay anew")

@@ -72,9 +72,9 @@ class EpisodeService:
 
     async def stop(self) -> None:
         """Finish the writes under way; the log can be closed afterwards."""
-        await self._models.stop()
         if self._writes:
             await asyncio.wait(self._writes)
+        await self._models.stop()
 
     @property
     def waiting_writes(self) -> int:

@@ -253,6 +253,7 @@ class LiveScores:
     async def _keep_up(self, after: LiveScores | None) -> None:
         """Score every open stay once after a start, then those that changed and were not asked."""
         episode_ids = await self._all_episodes() if after is None else await self._take_over(after)
+        del after  # it may be unloaded long before this one
         self.to_score = len(episode_ids)
         in_flight = await self._score(iter(episode_ids), self._count)
         self._seen.set()

@@ -31,7 +31,7 @@ def _slot_kernel(settings: Settings) -> str | None:
 def build_app(
     settings: Settings, on_fatal: Callable[[BaseException], None] = lambda error: None
 ) -> FastAPI:
-    """The whole service. Its engine starts and stops with the application's lifespan.
+    """The whole service. Its engines start and stop with the application's lifespan.
 
     `on_fatal` is called, on any thread, when only a new process can help.
 
@@ -44,12 +44,11 @@ def build_app(
     tracing = open_tracing(settings.tracing)
     bundles = Bundles(settings, EngineMetrics(registry, settings.bundle), on_fatal, tracing)
     name, _, version = settings.bundle.partition("/")
-    model = bundles.open(Name(name, int(version)))
     app = create_app(
         settings,
         Dependencies(
+            model=bundles.open(Name(name, int(version))),
             log=SqliteLog(settings.log_path),
-            model=model,
             loader=bundles,
             registry=registry,
             process=lambda: {
@@ -63,19 +62,15 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        model.start()
         # A full collection walks every object of torch and transformers, which takes long enough to
-        # be felt by a request and finds nothing: they live as long as the process.
+        # be felt by a request and finds nothing: they live until a model is unloaded.
         gc.collect()
         gc.freeze()
         # Log entries are many and in no circle: reading a log at the usual pace of collections
         # takes longer for them than for the reading.
         gc.set_threshold(20_000, 20, 20)
-        try:
-            async with serve(app):
-                yield
-        finally:
-            model.close()
+        async with serve(app):
+            yield
 
     app.router.lifespan_context = lifespan
     return app

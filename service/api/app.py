@@ -56,11 +56,11 @@ def _utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dependencies:
-    """What the app is built on. It closes log and tracing when it shuts down, nothing else."""
+    """What the app is built on. It starts the model, and closes all of it when it shuts down."""
 
     log: EventLog
     model: Model
-    """What answers; whoever made it starts and stops its engine."""
+    """What answers first."""
     loader: Loader | None = None
     """Where further models come from."""
     clock: Callable[[], datetime] = _utc_now
@@ -86,10 +86,12 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     window = Window(deps.registry, list(operator.HISTOGRAMS))
     pulse = Pulse(metrics, window)
 
+    log, tracing = deps.log, deps.tracing
+
     def committed(seconds: float) -> None:
         metrics.commit_seconds.observe(seconds)
         timing.add("log", seconds)
-        deps.tracing.committed(seconds)
+        tracing.committed(seconds)
 
     memory = Memory(deps.log, settings.cached_entries)
     loaded = Models(
@@ -131,8 +133,8 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
             await pulse.stop()
             await auditor.stop()
             await service.stop()
-            await deps.log.close()
-            await asyncio.to_thread(deps.tracing.close)
+            await log.close()
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="LLM4EHR",

@@ -8,6 +8,7 @@ request is answered by the version it began with, to its end.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ class _NoLoader:
 
 
 class Models:
-    """All versions that are loaded. `first` is active from the start; its owner starts it."""
+    """All versions that are loaded; `first` is active from the start."""
 
     def __init__(
         self,
@@ -91,7 +92,6 @@ class Models:
         self._on_published = on_published
         self._shadow_metrics = ShadowMetrics(registry)
         self._trial: Trial | None = None
-        self._first = first
         bundle = first.engine.bundle
         version = Version(Name(bundle.name, int(bundle.version)), "active", clock(), model=first)
         version.live = self._live(first, leads=True)
@@ -100,11 +100,12 @@ class Models:
 
     def start(self) -> None:
         """Begin to score the open stays that are in the log."""
-        self._first.go_first()
+        self._active.model.start()
+        self._active.model.go_first()
         self._active.live.start()
 
     async def stop(self) -> None:
-        """Stop all scoring, and the engines that were loaded here."""
+        """Stop all scoring and all engines."""
         self._end_trial()
         for version in list(self._versions.values()):
             if version.task is not None:
@@ -112,7 +113,7 @@ class Models:
                 await asyncio.wait([version.task])
             if version.live is not None:
                 await version.live.stop()
-            if version.model is not None and version.model is not self._first:
+            if version.model is not None:
                 await asyncio.to_thread(version.model.close)
 
     # --- answering ---------------------------------------------------------------------------
@@ -341,8 +342,17 @@ class Models:
         if version.model is not None:
             await asyncio.to_thread(version.model.close)
             self._memory.forget_scores(version.model.engine.bundle.digest)
+        version.model = version.live = None
+        await asyncio.to_thread(_give_memory_back)
         del self._versions[version.name]
         _logger.info("model %s is unloaded", version.name)
+
+
+def _give_memory_back() -> None:
+    """A network and its slots stand in circles, some of which were set aside at the start."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _able(version: Version) -> Serving | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import weakref
 from pathlib import Path
 
 import httpx
@@ -191,3 +192,19 @@ async def test_events_that_another_version_reads_are_kept_as_sent(house: House) 
     assert [e.payload["unit"] for e in entries] == ["mmol/L"] * 2
     assert entries[0].payload == before
     assert await house.check(await house.risk("a")) == 3
+
+
+async def test_an_unloaded_version_leaves_no_memory_behind(house: House) -> None:
+    await house.post("a", 0.5)
+    await house.ready(2)
+    for version in (1, 2):
+        await house.control(version, "activate")
+        await house.risk("a")
+        engine = weakref.ref(house.models.active.model.engine)
+        backend = weakref.ref(engine()._lanes._backend)  # type: ignore[union-attr]
+        assert backend() is not None
+        await house.control(3 - version, "activate")
+        await house.control(version, "unload")
+        await house.until(version, "available")
+        assert (engine(), backend()) == (None, None)
+        await house.ready(version)
