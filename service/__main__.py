@@ -1,4 +1,4 @@
-"""Command line of the service: serve | score | replay | calibrate."""
+"""Command line of the service: serve | score | gate | calibrate | replay."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from llm4ehr.bundle import BundleError, load_bundle
+from llm4ehr.bundle import Bundle, BundleError, load_bundle
 from llm4ehr.store import StoreError
 from service import calibrate
 from service.batch import score_store
 from service.engine.backends.base import RowDependenceError
 from service.log.base import LogUnavailable
+from service.precision import LIMIT, measure
 from service.replay import replay
 from service.runtime import build_app
 from service.server import FATAL_STATUS, Server
@@ -119,12 +120,26 @@ class _Replay:
 
 
 def _score(a: argparse.Namespace) -> None:
+    n_rows = score_store(a.data, a.out, _bundle(a), embeddings=a.embeddings)
+    print(f"{n_rows} episode-hours -> {a.out}")
+
+
+def _bundle(a: argparse.Namespace) -> Bundle:
     name, _, version = (a.bundle or Settings().bundle).partition("/")
     if not version.isdigit():
         raise ValueError("--bundle is NAME/VERSION")
-    bundle = load_bundle(a.repository or Settings().model_repository, name, int(version))
-    n_rows = score_store(a.data, a.out, bundle, embeddings=a.embeddings)
-    print(f"{n_rows} episode-hours -> {a.out}")
+    return load_bundle(a.repository or Settings().model_repository, name, int(version))
+
+
+def _gate(a: argparse.Namespace) -> None:
+    gate = measure(_bundle(a), a.data, a.precision, a.limit)
+    a.out.write_text(gate.model_dump_json(indent=1) + "\n")
+    for task, change in gate.changes.items():
+        print(
+            f"{task}: {change.unit} change by at most {change.max:.2g}, {change.mean:.2g} on average"
+        )
+    said = "passed" if gate.passed else f"NOT passed: more than {gate.limit}"
+    print(f"{gate.stays} stays, {gate.hours} hours: {said} -> {a.out}")
 
 
 def _replay(a: argparse.Namespace) -> None:
@@ -141,9 +156,10 @@ def _calibrate(a: argparse.Namespace) -> None:
     n_cores, target_s = calibrate.cores(), a.target_ms / 1000
     name, _, version = settings.bundle.partition("/")
     bundle = load_bundle(settings.model_repository, name, int(version))
+    max_rows = calibrate.most_rows(bundle, settings)
     measured = calibrate.measure(
-        calibrate.ticker(bundle, settings, calibrate.MAX_ROWS),
-        calibrate.candidates(settings, n_cores),
+        calibrate.ticker(bundle, settings, max_rows),
+        calibrate.candidates(settings, max_rows, n_cores),
         target_s=target_s,
     )
     chosen = calibrate.choose(measured.seconds, target_s, n_cores)
@@ -180,6 +196,19 @@ def _parser() -> argparse.ArgumentParser:
         "--target-ms", type=float, default=calibrate.TARGET_MS, help="longest tick that is wanted"
     )
     measure.set_defaults(run_command=_calibrate)
+
+    gate = commands.add_parser(
+        "gate", help="measure on real stays what a reduced precision changes"
+    )
+    gate.add_argument("--precision", choices=["bf16"], required=True)
+    gate.add_argument("--data", type=Path, required=True, help="episode store")
+    gate.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    gate.add_argument(
+        "--limit", type=float, default=LIMIT, help="largest change of a probability that passes"
+    )
+    gate.add_argument("--bundle", help="NAME/VERSION; default: the service's")
+    gate.add_argument("--repository", type=Path, help="folder of bundles")
+    gate.set_defaults(run_command=_gate)
 
     again = commands.add_parser("replay", help="replay an episode store into a running service")
     again.add_argument("--data", type=Path, default=DEMO_STORE, help="episode store")

@@ -14,6 +14,7 @@ import torch
 from llm4ehr.bundle import Bundle
 from service.engine.backends.base import candidate_sizes
 from service.engine.backends.factory import unverified_backend
+from service.engine.backends.shapes import slots_for
 from service.engine.backends.verify import Sizable
 from service.settings import PREFIX, Settings
 
@@ -148,10 +149,19 @@ def ticker(bundle: Bundle, settings: Settings, max_rows: int) -> Callable[[Candi
     return tick
 
 
-def candidates(settings: Settings, n_cores: int) -> list[Candidate]:
+def most_rows(bundle: Bundle, settings: Settings) -> int:
+    """Of a tick that the settings' backend can compute, at most `MAX_ROWS`."""
+    if not settings.backend.startswith("onnx"):
+        return MAX_ROWS
+    # Every row is another stay, and the rows of a tick are copied out of their slots.
+    half = slots_for(bundle.network, settings.kv_memory_mib << 20) // 2
+    return min(MAX_ROWS, 1 << max(half.bit_length() - 1, 2))
+
+
+def candidates(settings: Settings, max_rows: int, n_cores: int) -> list[Candidate]:
     """What is tried. A GPU has no use for threads."""
     threads = [1] if settings.backend.endswith("cuda") else thread_counts(n_cores)
-    return [Candidate(t, rows) for t in threads for rows in candidate_sizes(MAX_ROWS)]
+    return [Candidate(t, rows) for t in threads for rows in candidate_sizes(max_rows)]
 
 
 def table(measured: Measured, chosen: Candidate) -> str:

@@ -11,8 +11,9 @@ from llm4ehr.bundle import Network
 from service import calibrate
 from service.__main__ import main
 from service.calibrate import Candidate, choose, measure, thread_counts
+from service.engine.backends.shapes import slots_for
 from service.settings import SETTINGS_FILE, Settings
-from tests.online import save_tiny
+from tests.online import save_tiny, tiny_bundle
 
 
 def grid(n_cores: int, seconds: Callable[[int, int], float]) -> dict[Candidate, float]:
@@ -107,3 +108,13 @@ def test_the_command_writes_settings_that_the_service_reads(
     assert (settings.engine_rows, settings.torch_threads) == (8, 1)
     assert main(["calibrate", "--target-ms", "1000"]) == 0
     assert capsys.readouterr().out == file.read_text()
+
+
+def test_onnx_has_no_more_rows_than_half_of_its_slots(
+    tiny_network: Callable[..., Network],
+) -> None:
+    bundle = tiny_bundle(tiny_network)
+    assert calibrate.most_rows(bundle, Settings()) == 512
+    slots = slots_for(bundle.network, 1 << 20)
+    rows = calibrate.most_rows(bundle, Settings(backend="onnx-cpu", kv_memory_mib=1))
+    assert slots / 4 < rows <= slots / 2 < 512
