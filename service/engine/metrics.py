@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 TickKind = Literal["hours", "tokens"]
 """Rows of the series pass, or of the event pass."""
 
-Cause = Literal["new", "correction", "rebuild", "past", "audit", "shadow"]
+Cause = Literal["new", "correction", "rebuild", "past", "shadow"]
 """Why a row is computed: the first time; again since its features changed; again only to fill a
-slot; for a view of the past; to compare with what was published; by a version on trial."""
+slot; for a view of the past, or an audit; by a version on trial."""
 
 MAX_RETRY_S = 30
 
