@@ -102,6 +102,8 @@ class Load:
         self._requests = self._beds.schedule()
         # First in, first out: none idles for so long that the server closes it.
         self._free: deque[Connection] = deque()
+        self._all: list[Connection] = []
+        self._opening: list[asyncio.Future[None]] = []
         self._queue: deque[Request] = deque()
         self._tags: dict[str, str] = {}
         self._under_way = 0
@@ -131,6 +133,7 @@ class Load:
             await asyncio.wait_for(self._idle.wait(), GRACE_S)
         self.result.cpu_share = (_cpu_seconds() - used) / (time.perf_counter() - wall)
         self.result.hours, self.result.stays = self._beds.hours, self._beds.stays
+        await self._close()
         return self.result
 
     def _check_idle(self) -> None:
@@ -145,7 +148,15 @@ class Load:
         _, connection = await loop.create_connection(
             lambda: Connection(self._answered), "127.0.0.1", self._plan.port
         )
+        self._all.append(connection)
         self._freed(connection)
+
+    async def _close(self) -> None:
+        await asyncio.gather(*self._opening)
+        for connection in self._all:
+            if connection.transport is not None:
+                connection.transport.close()
+        await asyncio.sleep(0)  # the transports close in the next turn of the loop
 
     def _freed(self, connection: Connection) -> None:
         self._free.append(connection)
@@ -175,7 +186,7 @@ class Load:
         if connection.transport is not None:
             self._freed(connection)
         else:
-            self._opening = asyncio.ensure_future(self._connect())
+            self._opening.append(asyncio.ensure_future(self._connect()))
         self._check_idle()
 
     def _keep(self, request: Request, status: int, head: bytes, now: float) -> None:

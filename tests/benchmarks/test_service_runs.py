@@ -1,0 +1,40 @@
+"""Benchmarks that start the service as a process: the whole of each, in small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+Run = Callable[..., dict[str, Any]]
+
+
+def test_serving(run_benchmark: Run) -> None:
+    results = run_benchmark("serving", "--quick")
+    rate, half = results["rows"]
+    assert half["note"] == "half the knee"
+    assert results["knee_per_s"] in (None, rate["rate_per_s"])
+    for row in (rate, half):
+        assert row["errors"] == row["refused"] == 0
+        assert row["answered"] == row["requests"]
+        assert row["post_p99_ms"] > 0
+    assert {item["by"] for item in results["overhead"]} >= {"metrics", "samples"}
+    assert results["entries_at_the_start"] == 8 * (1 + 2 * 15)
+
+
+def test_restart(run_benchmark: Run) -> None:
+    (row,) = run_benchmark("restart", "--quick")["rows"]
+    assert row["entries"] == 8 * (1 + 4 * 15)
+    assert row["ready_s"] > 0
+    assert row["warm_s"] > 0
+    assert row["errors"] == row["refused"] == 0
+    assert row["readable_n"] > 0
+
+
+def test_memory(run_benchmark: Run) -> None:
+    results = run_benchmark("memory", "--quick")
+    assert [row["table"] for row in results["rows"]] == ["part"] * 5 + ["stay", "soak"]
+    assert sum(load["errors"] for load in results["soak"]["loads"]) == 0
