@@ -135,9 +135,7 @@ def _gate(a: argparse.Namespace) -> None:
     gate = measure(_bundle(a), a.data, a.precision, a.limit)
     a.out.write_text(gate.model_dump_json(indent=1) + "\n")
     for task, change in gate.changes.items():
-        print(
-            f"{task}: {change.unit} change by at most {change.max:.2g}, {change.mean:.2g} on average"
-        )
+        print(f"{task}: largest change {change.max:.2g}, mean {change.mean:.2g} ({change.unit})")
     said = "passed" if gate.passed else f"NOT passed: more than {gate.limit}"
     print(f"{gate.stays} stays, {gate.hours} hours: {said} -> {a.out}")
 

@@ -6,8 +6,9 @@ No torch, no web framework, no clock: whoever needs the time passes it in.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ __all__ = [
     "HoursInterval",
     "Kind",
     "ModelFault",
+    "Numerics",
     "Overloaded",
     "Scores",
     "content_id",
@@ -88,6 +90,16 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """How the numbers of a model are computed."""
+
+    precision: str
+    backend: str
+    gate: Mapping[str, Any] | None = None
+    """What a reduced precision was measured to change, as JSON; None for full precision."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BundleInfo:
     """Which model answers."""
 
@@ -98,6 +110,7 @@ class BundleInfo:
     tasks: tuple[str, ...]
     phenotypes: tuple[str, ...]
     causal: bool
+    numerics: Numerics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

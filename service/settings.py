@@ -44,6 +44,12 @@ class Settings(BaseSettings):
     backend: Literal["torch-cpu", "torch-cuda", "onnx-cpu", "onnx-cuda"] = "torch-cpu"
     """Where and with what the network is computed."""
 
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the products of the backbone's linear layers; a reduced one needs `precision_gate`."""
+
+    precision_gate: Path | None = None
+    """What `python -m service gate` measured of this bundle in this precision."""
+
     max_models: Annotated[int, Field(ge=1)] = 3
     """Most versions of models that are loaded at a time, each with slots of its own."""
 
@@ -60,7 +66,7 @@ class Settings(BaseSettings):
     """Most rows (one hour of one stay each) in one forward pass."""
 
     torch_threads: Annotated[int, Field(ge=1)] | None = None
-    """Threads of a forward pass; None leaves the choice to torch."""
+    """Threads of a forward pass; None: one less than the cores."""
 
     read_deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     """How long a read waits for the engine; a client may ask for less."""

@@ -117,6 +117,11 @@ def model_provenance(bundle: BundleInfo) -> dict[str, Any]:
         "version": bundle.version,
         "digest": bundle.digest,
         "preprocessing_digest": bundle.preprocessing_digest,
+        "numerics": {
+            "precision": bundle.numerics.precision,
+            "backend": bundle.numerics.backend,
+            "gate": bundle.numerics.gate,
+        },
     }
 
 
@@ -188,6 +193,7 @@ def _etag(
     """Equal tags mean equal bodies: besides log and model it covers what the clock decides."""
     selected = [
         bundle.digest,
+        [bundle.numerics.precision, bundle.numerics.backend],
         resource,
         str(as_of),
         [[h.hour, h.status, h.withheld] for h in hours],

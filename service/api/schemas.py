@@ -250,11 +250,36 @@ class WithheldOut(_Answer):
     reason: Literal["no-data", "stale-data", "scoring-disabled", "not-computed"]
 
 
+class PrecisionChangeOut(_Answer):
+    """Absolute change of the answers of a task; 99.9 % are at most `p999`."""
+
+    unit: Literal["probability", "hours"]
+    max: float
+    p999: float
+    mean: float
+
+
+class GateOut(_Answer):
+    """What a reduced precision was measured to change on real stays."""
+
+    limit: float
+    stays: int
+    hours: int
+    changes: dict[str, PrecisionChangeOut]
+
+
+class NumericsOut(_Answer):
+    precision: Literal["fp32", "bf16"]
+    backend: str
+    gate: GateOut | None
+
+
 class ModelOut(_Answer):
     model: str
     version: str
     digest: str
     preprocessing_digest: str
+    numerics: NumericsOut
 
 
 class ProvenanceOut(ModelOut):

@@ -26,6 +26,7 @@ from service.core import (
     EngineStopped,
     EpisodeView,
     ModelFault,
+    Numerics,
     Overloaded,
     Scores,
 )
@@ -63,6 +64,7 @@ class OnlineEngine:
         turn: Callable[[], AbstractContextManager[object]] = nullcontext,
         on_fatal: Callable[[BaseException], None] = lambda error: None,
         cause: Literal["shadow"] | None = None,
+        numerics: Numerics | None = None,
         clock: Clock = time.monotonic,
         tracing: Tracing = OFF,
     ) -> None:
@@ -105,6 +107,7 @@ class OnlineEngine:
             tasks=tuple(config.heads),
             phenotypes=bundle.phenotypes,
             causal=network.causal,
+            numerics=numerics or Numerics(precision="fp32", backend=backend.name),
         )
 
     # --- on the event loop -------------------------------------------------------------------

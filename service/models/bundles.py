@@ -11,6 +11,7 @@ from service.engine.engine import OnlineEngine
 from service.engine.metrics import EngineMetrics
 from service.engine.turns import Turns
 from service.models.version import LoadError, Model, Name
+from service.precision import numerics
 from service.settings import Settings
 from service.tracing import OFF, Tracing
 
@@ -48,6 +49,7 @@ class Bundles:
         bundle = load_bundle(self._settings.model_repository, *name)
         if (reason := bundle.network.not_online) is not None:
             raise NotOnline(reason)
+        how = numerics(bundle, self._settings)
         backend = make_backend(bundle, self._settings)
         metrics = self._metrics.of(str(name))
         me = object()
@@ -62,18 +64,26 @@ class Bundles:
             backend,
             metrics,
             max_pending=self._settings.max_pending,
+            numerics=how,
             turn=lambda: self._turns.turn(me),
             on_fatal=fatal,
             tracing=self._tracing,
         )
+
+        def close() -> None:
+            engine.close()
+            metrics.backlog(stays=0, rows=0)
+            metrics.memory(used=0, free=0)
+
         return Model(
             engine=engine,
             vocabulary=bundle.network.vocabulary,
             start=engine.start,
-            close=engine.close,
+            close=close,
             go_first=lambda: self._turns.put_in_front(me, lambda: not engine.idle()),
             status=engine.status,
             retry_after_s=metrics.retry_after_s,
+            on_audit=lambda equal: metrics.audited(equal=equal),
         )
 
     def load(self, name: Name) -> Model:

@@ -22,6 +22,7 @@ from service.core import (
     EpisodeView,
     HourScore,
     HoursInterval,
+    Numerics,
     Overloaded,
     Scores,
 )
@@ -42,6 +43,7 @@ BUNDLE = BundleInfo(
     tasks=("decompensation", "mortality", "remaining_los", "phenotyping"),
     phenotypes=("sepsis",),
     causal=True,
+    numerics=Numerics(precision="fp32", backend="torch-cpu"),
 )
 
 VOCABULARY = Vocabulary(

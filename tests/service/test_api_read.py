@@ -38,6 +38,7 @@ async def test_the_answer_says_where_it_comes_from(client: Client) -> None:
         "version": BUNDLE.version,
         "digest": BUNDLE.digest,
         "preprocessing_digest": BUNDLE.preprocessing_digest,
+        "numerics": {"precision": "fp32", "backend": "torch-cpu", "gate": None},
         "seq": 4,
         "as_of": None,
         "newest_data_at": stamp(3.5),

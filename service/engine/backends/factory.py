@@ -43,7 +43,9 @@ def unverified_backend(
     network, rows = bundle.network, settings.engine_rows
     n_slots = slots_for(network, settings.kv_memory_mib << 20)
     if settings.backend == "torch-cpu":
-        return TorchCpuBackend(network, n_slots=n_slots, max_rows=rows)
+        return TorchCpuBackend(
+            network, n_slots=n_slots, max_rows=rows, precision=settings.precision
+        )
     if settings.backend == "torch-cuda":
         return TorchCudaBackend(network, n_slots=n_slots, max_rows=rows)
     return OnnxBackend(

@@ -66,6 +66,13 @@ def test_every_family_is_served_with_every_tuning(
     assert np.abs(with_it.hidden - without.hidden).max() > 0.1
 
 
+def test_large_layers_with_packed_weights_are_the_same_layers(
+    network: Network, stay: Episode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine.backends.linear._LARGE", 1)
+    assert_like_offline(network, stay, PREFILL)
+
+
 def test_the_last_hour_of_the_longest_stay_fits(network: Network, random_episode: Stay) -> None:
     chunks = [ROWS] * 12 + [8]
     assert_like_offline(network, random_episode(2, 200), chunks)
