@@ -50,7 +50,8 @@ def main() -> None:
         task = bar.add_task("memory", total=2 + chunks)
         rows = parts(a.hours, a.parts)
         bar.advance(task)
-        rows += by_stay(a)
+        if a.stays:
+            rows += by_stay(a)
         bar.advance(task)
         if chunks:
             lines, loads = soak(a, chunks, lambda: bar.advance(task))
@@ -213,7 +214,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stays", type=int, default=200, help="added to the service")
+    parser.add_argument("--stays", type=int, default=200, help="added to the service; 0: none")
     parser.add_argument("--hours", type=int, default=100, help="of each of them")
     parser.add_argument("--minutes", type=float, default=60.0, help="of the soak; 0: none")
     parser.add_argument("--rate", type=float, default=40.0, help="requests a second of the soak")
@@ -226,7 +227,7 @@ def _arguments() -> argparse.Namespace:
     a = parser.parse_args()
     a.chunk_seconds, a.parts = CHUNK_S, PARTS
     if a.quick:
-        a.stays, a.hours, a.minutes, a.rate, a.beds, a.leave_at = 4, 3, 0.1, 20.0, 8, 2
+        a.stays, a.hours, a.minutes, a.rate, a.beds, a.leave_at = 0, 3, 0.1, 20.0, 8, 2
         a.chunk_seconds, a.parts, a.kv_memory_mib = 3.0, 2, 16
     return a
 

@@ -65,12 +65,14 @@ class Beds:
         requests: list[Request] = []
         due = rng.expovariate(plan.rate)
         while due < plan.seconds:
-            chance = rng.random()
-            if chance < plan.reads:
-                requests.append(self._read(due))
-            elif chance < plan.reads + plan.corrections:
+            chance, bed = rng.random(), rng.randrange(len(self.hours))
+            # The first hour of a stay may be under way still: nobody asks for it yet.
+            known = self.hours[bed] > 1
+            if known and chance < plan.reads:
+                requests.append(self._read(bed, due))
+            elif known and chance < plan.reads + plan.corrections:
                 serial = plan.seed * 1_000_000 + len(requests)
-                requests.append(self._correction(due, serial))
+                requests.append(self._correction(bed, due, serial))
             else:
                 requests += self._hour(due)
             due += rng.expovariate(plan.rate)
@@ -81,14 +83,13 @@ class Beds:
     def _name(self, bed: int) -> str:
         return stay_id(bed, self.stays[bed])
 
-    def _read(self, due: float) -> Request:
-        name = self._name(self._rng.randrange(len(self.hours)))
+    def _read(self, bed: int, due: float) -> Request:
+        name = self._name(bed)
         conditional = self._rng.random() < 0.5
         return Request("get", name, due, head_of("GET", f"{name}/risk"), conditional=conditional)
 
-    def _correction(self, due: float, serial: int) -> Request:
+    def _correction(self, bed: int, due: float, serial: int) -> Request:
         """Of an observation some hours back, or of the first hour."""
-        bed = self._rng.randrange(len(self.hours))
         hour = max(self.hours[bed] - 1 - CORRECTED_HOURS_BACK, 0)
         body = correction_body(bed, hour, serial, self._admitted)
         return self._write("correction", self._name(bed), due, body)
