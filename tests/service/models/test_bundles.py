@@ -1,0 +1,144 @@
+"""Engines of bundles: whose failure ends the process, and what a client may read of one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from llm4ehr.bundle import Bundle
+from llm4ehr.episode import Episode
+from service.core import EngineStopped
+from service.engine.backends.base import DeviceFault, RowDependenceError
+from service.engine.backends.torch_cpu import TorchCpuBackend
+from service.engine.metrics import EngineMetrics
+from service.models.bundles import Bundles
+from service.models.version import LoadError, Model, Name
+from service.settings import Settings
+from tests.online import ROWS, Gate, view_of
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass
+class Pair:
+    """Two loaded versions, the first in front, and what was reported as fatal."""
+
+    bundles: Bundles
+    fatal: list[BaseException]
+    gates: list[Gate]
+    models: list[Model] = field(default_factory=list)
+
+
+@pytest.fixture
+def pair(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    gates: list[Gate] = []
+
+    def gated(bundle: Bundle, settings: Settings) -> Gate:
+        gates.append(Gate(TorchCpuBackend(bundle.network, n_slots=2, max_rows=ROWS)))
+        return gates[-1]
+
+    monkeypatch.setattr("service.models.bundles.make_backend", gated)
+    fatal: list[BaseException] = []
+    settings = Settings(model_repository=repository)
+    bundles = Bundles(settings, EngineMetrics(CollectorRegistry(), "tiny/1"), fatal.append)
+    pair = Pair(bundles, fatal, gates)
+    for version in (1, 2):
+        model = bundles.load(Name("tiny", version))
+        model.start()
+        pair.models.append(model)
+    pair.models[0].go_first()
+    return pair
+
+
+@pytest.mark.parametrize(
+    ("which", "fault", "ends"),
+    [
+        (0, RuntimeError("patient 0815"), True),
+        (1, RuntimeError("patient 0815"), False),
+        (0, DeviceFault("gone"), True),
+        (1, DeviceFault("gone"), True),
+    ],
+)
+async def test_whose_failure_ends_the_process(
+    pair: Pair,
+    random_episode: Callable[..., Episode],
+    which: int,
+    fault: Exception,
+    ends: bool,
+) -> None:
+    pair.gates[which].fault = fault
+    view = view_of(random_episode(1, 3))
+    with pytest.raises(EngineStopped):
+        await pair.models[which].engine.submit(view)
+    pair.models[which].close()  # when its thread has ended, all of it was said
+    assert pair.fatal == ([fault] if ends else [])
+    other = pair.models[1 - which]
+    assert len((await other.engine.submit(view)).hours) == 3
+    other.close()
+
+
+async def test_the_engine_in_front_goes_first(
+    pair: Pair, random_episode: Callable[..., Episode]
+) -> None:
+    """Both have work before either may compute; those of the other come behind."""
+    order: list[int] = []
+    for i, gate in enumerate(pair.gates):
+        tick = gate.tick
+
+        def noted(*args: object, i: int = i, tick: Callable[..., object] = tick) -> object:
+            order.append(i)
+            return tick(*args)
+
+        gate.tick = noted  # type: ignore[method-assign, assignment]
+    turns = pair.bundles._turns
+    with turns.turn(turns._front):
+        futures = [
+            model.engine.submit(view_of(random_episode(seed, 60)))
+            for model in reversed(pair.models)
+            for seed in range(2)
+        ]
+        for _ in range(10_000):
+            if len(turns._waiting) == 2:
+                break
+            await asyncio.sleep(0.001)
+    await asyncio.gather(*futures)
+    assert order == sorted(order)
+    assert set(order) == {0, 1}
+    for model in pair.models:
+        model.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "type_"),
+    [
+        (RowDependenceError("a row depends on others"), "backend-failed"),
+        (ValueError("no memory"), "backend-failed"),
+    ],
+)
+def test_why_a_backend_cannot_be_made(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, fault: Exception, type_: str
+) -> None:
+    def broken(bundle: Bundle, settings: Settings) -> Gate:
+        raise fault
+
+    monkeypatch.setattr("service.models.bundles.make_backend", broken)
+    with pytest.raises(LoadError) as caught:
+        pair.bundles.load(Name("tiny", 3))
+    assert (caught.value.type, str(caught.value)) == (type_, str(fault))
+    with pytest.raises(LoadError, match="missing") as caught:
+        pair.bundles.load(Name("tiny", 9))
+    assert caught.value.type == "bundle-invalid"
+    assert str(caught.value).startswith("tiny/9/")
+    for model in pair.models:
+        model.close()
+
+
+def test_what_is_on_disk(pair: Pair) -> None:
+    assert pair.bundles.on_disk() == [Name("tiny", version) for version in (1, 2, 3)]
+    for model in pair.models:
+        model.close()
