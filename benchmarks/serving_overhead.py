@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks.report import milliseconds
 
+PLACES = 25
+
 
 def from_metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, Any]]:
     """Mean of every histogram in seconds between two readings of /metrics."""
@@ -52,21 +54,26 @@ def from_timings(timings: Mapping[str, Iterable[str]]) -> list[dict[str, Any]]:
 def from_samples(
     lines: Iterable[Mapping[str, Any]], since: float, until: float, requests: int
 ) -> list[dict[str, Any]]:
-    """CPU milliseconds of a request by part of the code, from lines of `serving_watch`."""
-    total: defaultdict[tuple[str, str], float] = defaultdict(float)
+    """CPU milliseconds of a request by part of the code, then by the function where most is spent,
+    from lines of `serving_watch`.
+    """
+    parts: defaultdict[tuple[str, str], float] = defaultdict(float)
+    places: defaultdict[tuple[str, str], float] = defaultdict(float)
     for line in lines:
         if since <= line["at"] <= until:
-            for thread, parts in line.get("cpu", {}).items():
-                for part, seconds in parts.items():
-                    total[thread, part] += seconds
-    everything = sum(total.values()) or 1.0
+            for seen in line.get("cpu", ()):
+                parts[seen["part"], seen["thread"]] += seen["seconds"]
+                places[f"{seen['part']}: {seen['place']}", seen["thread"]] += seen["seconds"]
+    everything = sum(parts.values()) or 1.0
+    shown = sorted(parts.items(), key=lambda item: -item[1])
+    shown += sorted(places.items(), key=lambda item: -item[1])[:PLACES]
     return [
         {
             "by": "samples",
-            "what": part,
+            "what": what,
             "thread": thread,
             "cpu_ms_a_request": round(1000 * seconds / max(requests, 1), 4),
             "share": round(seconds / everything, 3),
         }
-        for (thread, part), seconds in sorted(total.items(), key=lambda item: -item[1])
+        for (what, thread), seconds in shown
     ]

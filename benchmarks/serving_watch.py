@@ -4,25 +4,25 @@
 
 runs `python -m service serve` and appends one JSON line a second to FILE: resident memory, what the
 allocator holds and, with --profile, CPU seconds of every thread by the part of the code it was in.
-A thread is charged with the CPU time that passed for it since it was last looked at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
 from service.__main__ import main as serve
 
-EVERY_S = 0.004
+EVERY_S, GLANCE_S = 0.003, 0.0001
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # The first part whose place occurs in the path of a frame, from the innermost frame outwards.
 PARTS = (
@@ -44,45 +44,59 @@ PARTS = (
 )  # fmt: skip
 
 
-def part_of(frame: FrameType | None) -> str:
-    """The part of the code that a thread is in."""
+def part_of(frame: FrameType | None) -> tuple[str, str]:
+    """The part of the code that a thread is in, and the function there."""
     while frame is not None:
         path = frame.f_code.co_filename
         for part, places in PARTS:
             if any(place in path for place in places):
-                return part
+                return part, f"{Path(path).stem}.{frame.f_code.co_name}"
         frame = frame.f_back
-    return "rest"
+    return "rest", ""
 
 
 class Profile:
-    """CPU seconds by thread and part since the last `take`."""
+    """Where threads are when they run, and the CPU time of each since the last `take`.
+
+    Only a thread whose CPU clock moves while it is looked at counts: one that waits would be found
+    where it waits, after a burst of work that was somewhere else.
+    """
 
     def __init__(self) -> None:
-        self._seconds: defaultdict[str, defaultdict[str, float]]
-        self._seconds = defaultdict(lambda: defaultdict(float))
-        self._before: dict[int, float] = {}
+        self._seen: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+        self._taken = self._clocks()
 
     def look(self) -> None:
-        """Charge every thread but this one with its CPU time since the last look."""
-        me = threading.get_ident()
-        names = {t.ident: t.name for t in threading.enumerate()}
-        for ident, frame in sys._current_frames().items():
-            if ident == me or ident not in names:
-                continue
-            try:
-                now = time.clock_gettime(time.pthread_getcpuclockid(ident))
-            except OSError:  # it ended meanwhile
-                continue
-            used = now - self._before.get(ident, now)
-            self._before[ident] = now
-            if used > 0:
-                self._seconds[names[ident]][part_of(frame)] += used
+        before = self._clocks()
+        time.sleep(GLANCE_S)
+        frames, after = sys._current_frames(), self._clocks()
+        for thread, seconds in after.items():
+            if seconds > before.get(thread, seconds) and thread.ident in frames:
+                self._seen[thread.name][part_of(frames[thread.ident])] += 1
 
-    def take(self) -> dict[str, dict[str, float]]:
-        taken = {thread: dict(parts) for thread, parts in self._seconds.items()}
-        self._seconds.clear()
-        return taken
+    def take(self) -> list[dict[str, Any]]:
+        """CPU seconds by thread, part and place, shared out by how often it was seen there."""
+        clocks, lines = self._clocks(), []
+        for thread, seconds in clocks.items():
+            seen = self._seen.pop(thread.name, Counter())
+            used = seconds - self._taken.get(thread, seconds)
+            for (part, place), n in seen.items():
+                share = used * n / seen.total()
+                line = {"thread": thread.name, "part": part, "place": place}
+                lines.append(line | {"seconds": round(share, 6)})
+        self._taken = clocks
+        return lines
+
+    @staticmethod
+    def _clocks() -> dict[threading.Thread, float]:
+        """CPU seconds of every thread but this one."""
+        clocks = {}
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and thread.ident is not None:
+                with contextlib.suppress(OSError):  # it ended meanwhile
+                    clock = time.pthread_getcpuclockid(thread.ident)
+                    clocks[thread] = time.clock_gettime(clock)
+        return clocks
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -131,7 +145,7 @@ def main() -> int:
         profile = Profile()
         # A look waits for the interpreter lock: the sooner it gets it, the less it is at places
         # where threads give it up by themselves.
-        sys.setswitchinterval(0.0005)
+        sys.setswitchinterval(0.00002)
     with Path(path).open("a") as out:
         threading.Thread(target=watch, args=(out, profile), name="watch", daemon=True).start()
         return serve(rest)

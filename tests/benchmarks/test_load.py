@@ -179,31 +179,41 @@ def test_overhead_from_metrics_headers_and_samples() -> None:
     (log, tick) = from_timings({"post": ["tick;dur=2, log;dur=1.0", "tick;dur=4"]})
     assert (tick["what"], tick["n"], tick["mean_ms"]) == ("post: tick", 2, 3.0)
     assert (log["what"], log["mean_ms"]) == ("post: log", 1.0)
-    lines = [
-        {"at": float(at), "cpu": {"engine": {"tick": 0.3}, "main": {"answers": 0.1}}}
-        for at in range(4)
+    seen = [
+        {"thread": "engine", "part": "tick", "place": "torch_cpu.tick", "seconds": 0.3},
+        {"thread": "main", "part": "answers", "place": "risk.get_risk", "seconds": 0.1},
     ]
-    (first, second) = from_samples(lines, since=1.0, until=2.0, requests=10)
-    assert (first["what"], first["thread"], first["cpu_ms_a_request"]) == ("tick", "engine", 60.0)
-    assert second["share"] == 0.25
+    lines = [{"at": float(at), "cpu": seen} for at in range(4)]
+    items = from_samples(lines, since=1.0, until=2.0, requests=10)
+    assert [item["what"] for item in items] == [
+        "tick", "answers", "tick: torch_cpu.tick", "answers: risk.get_risk",
+    ]  # fmt: skip
+    assert (items[0]["thread"], items[0]["cpu_ms_a_request"]) == ("engine", 60.0)
+    assert items[1]["share"] == 0.25
 
 
-def test_cpu_time_is_charged_to_the_part_a_thread_is_in() -> None:
-    assert part_of(None) == "rest"
+def test_cpu_time_is_charged_to_where_threads_run() -> None:
+    assert part_of(None)[0] == "rest"
     profile, stop = Profile(), threading.Event()
 
     def spin() -> None:
         while not stop.is_set():
             sum(range(1000))
 
-    thread = threading.Thread(target=spin, name="spinning")
-    thread.start()
+    threads = [
+        threading.Thread(target=spin, name="spinning"),
+        threading.Thread(target=stop.wait, name="waiting"),
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        found: dict[str, dict[str, float]] = {}
-        while found.get("spinning", {}).get("rest", 0.0) <= 0:
+        found: list[dict[str, Any]] = []
+        while not any(line["thread"] == "spinning" and line["seconds"] > 0 for line in found):
             profile.look()
             found = profile.take()
     finally:
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
+    assert {line["thread"] for line in found} == {"spinning"}
     assert {"rss", "in_use"} <= set(memory())
