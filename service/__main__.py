@@ -20,7 +20,7 @@ from llm4ehr.bundle import Bundle, BundleError, load_bundle
 from llm4ehr.store import StoreError
 from service import calibrate
 from service.batch import score_store
-from service.engine.backends.base import RowDependenceError
+from service.engine.backends.base import DeviceFault, RowDependenceError
 from service.log.base import LogUnavailable
 from service.precision import LIMIT, measure
 from service.replay import replay
@@ -76,7 +76,14 @@ def _run(settings: Settings, beside: Callable[[Server], None] | None = None) -> 
     # there before: being told to stop and stopping is a success.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     fatal = threading.Event()
-    server = Server(build_app(settings, on_fatal=lambda error: fatal.set()), settings, fatal)
+
+    def on_fatal(error: BaseException) -> None:
+        if isinstance(error, DeviceFault):
+            # Other engines may hang in the same device: nothing is waited for.
+            os._exit(FATAL_STATUS)
+        fatal.set()
+
+    server = Server(build_app(settings, on_fatal), settings, fatal)
     if beside is not None:
         beside(server)
     server.run()

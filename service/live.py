@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
+from weakref import ref
 
 from service.core import Engine, EngineStopped, EpisodeView, Overloaded, Scores
 from service.log.base import EventLog, LogUnavailable
@@ -23,6 +25,9 @@ _logger = logging.getLogger(__name__)
 # How long the catch-up waits before it asks again, for the engine and for the log.
 _ENGINE_PAUSE_S = 0.05
 _LOG_PAUSE_S = 1.0
+
+# Stays whose scores are kept, as many as an engine knows.
+_MAX_KEPT = 4096
 
 # How often a reader may be overtaken by writers of the same episode before it is sent away.
 _MAX_TRIES = 20
@@ -76,6 +81,7 @@ class LiveScores:
         self._on_published = on_published
         self._submissions: dict[str, _Submission] = {}
         self._summaries: dict[str, Summary] = {}
+        self._kept: OrderedDict[str, ref[EpisodeState]] = OrderedDict()  # scored last comes last
         self._behind: dict[str, None] = {}
         self._wake = asyncio.Event()
         self._seen = asyncio.Event()
@@ -94,10 +100,12 @@ class LiveScores:
         self._task.add_done_callback(_report)
 
     def cancel(self) -> None:
-        """Ask for nothing more; what comes back from now on is not kept."""
+        """Ask for nothing more, and keep no scores."""
         self._stopped = True
         if self._task is not None:
             self._task.cancel()
+        while self._kept:
+            self._let_oldest_go()
 
     async def stop(self) -> None:
         """The same, and wait until nothing of it runs."""
@@ -242,13 +250,26 @@ class LiveScores:
             len(kept.scores.hours),
         ):
             return
-        scored = state.scored[self._digest] = Scored(view=view, scores=scores)
+        scored = self._keep(state, Scored(view=view, scores=scores))
         if view.episode_id in self._summaries:  # not deleted meanwhile
             self.note(state)
         if submission.written is not None:
             self._on_published(time.perf_counter() - submission.written)
         if kept is None or kept.scores.seq < scores.seq:
             self.on_scored(scored)
+
+    def _keep(self, state: EpisodeState, scored: Scored) -> Scored:
+        state.scored[self._digest] = scored
+        self._kept[state.episode_id] = ref(state)
+        self._kept.move_to_end(state.episode_id)
+        if len(self._kept) > _MAX_KEPT:
+            self._let_oldest_go()
+        return scored
+
+    def _let_oldest_go(self) -> None:
+        _, kept = self._kept.popitem(last=False)
+        if (state := kept()) is not None:
+            state.scored.pop(self._digest, None)
 
     async def _keep_up(self, after: LiveScores | None) -> None:
         """Score every open stay once after a start, then those that changed and were not asked."""

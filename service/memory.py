@@ -33,7 +33,3 @@ class Memory:
     def drop(self, episode_id: str) -> None:
         """Keep nothing of an episode: it is read again when it is asked for."""
         self._cache.drop(episode_id)
-
-    def forget_scores(self, digest: str) -> None:
-        """Keep no score of the model with this digest."""
-        self._cache.forget_scores(digest)

@@ -136,11 +136,6 @@ class StateCache:
         if self._states.pop(episode_id, None) is not None:
             self._total -= self._sizes.pop(episode_id)
 
-    def forget_scores(self, digest: str) -> None:
-        """Keep no score of the model with this digest."""
-        for state in self._states.values():
-            state.scored.pop(digest, None)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:

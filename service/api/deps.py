@@ -39,10 +39,6 @@ class Context:
         """The engine that answers now. What takes longer than a moment asks `models.serving`."""
         return self.models.active.model.engine
 
-    def retry_after_s(self) -> int:
-        """Seconds after which it may have worked off what waits now."""
-        return self.models.active.model.retry_after_s()
-
     def describe(self) -> dict[str, Any]:
         """What the process and the engines say of themselves, for operators."""
         return {**self.process(), "models": self.models.statuses()}

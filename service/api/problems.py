@@ -19,7 +19,7 @@ from service.core import EngineStopped, ModelFault, Overloaded
 from service.decisions import DeletedEpisode, NothingAccepted, Refused, UnknownEpisode
 from service.episodes import SeqNotReached, TooManyWrites
 from service.log.base import LogUnavailable
-from service.models.manager import ModelRefused
+from service.models.version import ModelRefused
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -29,7 +29,9 @@ from service.models.version import (
     Loader,
     LoadError,
     Model,
+    ModelRefused,
     Name,
+    NoLoader,
     Serving,
     Version,
 )
@@ -40,14 +42,6 @@ from service.units import EventVocabulary
 _logger = logging.getLogger(__name__)
 
 
-class ModelRefused(Exception):
-    """What was asked of a version is not possible. `problem` names the answer to the client."""
-
-    def __init__(self, problem: str, detail: str) -> None:
-        super().__init__(detail)
-        self.problem = problem
-
-
 @dataclass(frozen=True, slots=True)
 class Trial:
     """The version on trial, and what was found."""
@@ -55,16 +49,6 @@ class Trial:
     of: Version
     since: datetime
     shadow: Shadow
-
-
-class _NoLoader:
-    """A service that was given one model and no place for others."""
-
-    def on_disk(self) -> list[Name]:
-        return []
-
-    def load(self, name: Name) -> Model:
-        raise LoadError("bundle-invalid", "there is no repository of models")
 
 
 class Models:
@@ -87,7 +71,7 @@ class Models:
         self._log = log
         self._memory = memory
         self._clock = clock
-        self._loader = loader or _NoLoader()
+        self._loader = loader or NoLoader()
         self._on_active = on_active
         self._on_published = on_published
         self._shadow_metrics = ShadowMetrics(registry)
@@ -281,9 +265,8 @@ class Models:
     def _fail(self, version: Version, error: LoadError) -> None:
         if self._trial is not None and self._trial.of is version:
             self._end_trial()
-        if version.live is not None and version.model is not None:
+        if version.live is not None:
             version.live.cancel()
-            self._memory.forget_scores(version.model.engine.bundle.digest)
         version.model = version.live = None
         version.failure = Failure(type=error.type, detail=str(error))
         self._turn(version, "failed")
@@ -341,7 +324,6 @@ class Models:
             await version.live.stop()
         if version.model is not None:
             await asyncio.to_thread(version.model.close)
-            self._memory.forget_scores(version.model.engine.bundle.digest)
         version.model = version.live = None
         await asyncio.to_thread(_give_memory_back)
         del self._versions[version.name]

@@ -60,6 +60,14 @@ class LoadError(Exception):
         self.type: FailureType = type_
 
 
+class ModelRefused(Exception):
+    """What was asked of a version is not possible. `problem` names the answer to the client."""
+
+    def __init__(self, problem: str, detail: str) -> None:
+        super().__init__(detail)
+        self.problem = problem
+
+
 class Loader(Protocol):
     """Where further models come from. Both methods block and may be called on any thread."""
 
@@ -70,6 +78,16 @@ class Loader(Protocol):
     def load(self, name: Name) -> Model:
         """Verify a bundle and make its engine, not started. Raises LoadError."""
         ...
+
+
+class NoLoader:
+    """A service that was given one model and no place for others."""
+
+    def on_disk(self) -> list[Name]:
+        return []
+
+    def load(self, name: Name) -> Model:
+        raise LoadError("bundle-invalid", "there is no repository of models")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

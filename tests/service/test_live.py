@@ -162,3 +162,18 @@ async def test_what_came_too_fast_is_caught_up_with(log_path: Path) -> None:
         await client.settle()
         text = (await client.http.get("/metrics")).text
         assert "llm4ehr_score_published_seconds_count 1.0" in text
+
+
+async def test_the_scores_that_are_kept_are_bounded(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.live._MAX_KEPT", 2)
+    while ward.engine.waiting:
+        ward.engine.release()
+        await settle()
+    states = [await ward.memory.load(f"s{i}") for i in range(8)]
+    assert [len(state.scored) for state in states if state] == [1, 1, 0, 0, 0, 0, 0, 0]
+    rows = sorted(ward.live.summaries, key=lambda s: s.episode_id)
+    assert [row.scored_seq for row in rows] == [2] * 8  # the list shows them all the same
+    await ward.live.stop()
+    assert [len(state.scored) for state in states if state] == [0] * 8
