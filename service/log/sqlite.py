@@ -178,17 +178,16 @@ class SqliteLog(EventLog):
                     closing = self._fill(group)
                     self._commit(group)
                 finally:
-                    for append in group:
-                        _deliver(append)
+                    _deliver(group)
                 if closing:
                     return
         finally:
             # Whatever ended this thread, nobody may wait for it.
             self._closed = True
+            late = []
             while not self._queue.empty():
-                late = self._queue.get_nowait()
-                if late is not None:
-                    _deliver(late)
+                late.append(self._queue.get_nowait())
+            _deliver([append for append in late if append is not None])
 
     def _fill(self, group: list[_Append]) -> bool:
         """Add what already waits to a group; True if the log is to close after it."""
@@ -269,14 +268,23 @@ def _open_writer(path: Path) -> apsw.Connection:
     return db
 
 
-def _deliver(append: _Append) -> None:
-    def resolve() -> None:
+def _deliver(group: Sequence[_Append]) -> None:
+    """Tell all callers of a group, and wake each of their loops once: a loop woken for the first
+    would take the interpreter from this thread while the others wait.
+    """
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Append]] = {}
+    for append in group:
+        by_loop.setdefault(append.loop, []).append(append)
+    for loop, appends in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # a closed loop: nobody is left to tell
+            loop.call_soon_threadsafe(_resolve, appends)
+
+
+def _resolve(appends: Sequence[_Append]) -> None:
+    for append in appends:
         if append.future.done():  # its caller went away; the data is durable all the same
-            return
+            continue
         if append.entries is not None:
             append.future.set_result(append.entries)
         else:
             append.future.set_exception(append.error or LogUnavailable("not written"))
-
-    with contextlib.suppress(RuntimeError):  # a closed loop: nobody is left to tell
-        append.loop.call_soon_threadsafe(resolve)
