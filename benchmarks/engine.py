@@ -43,6 +43,7 @@ BACKENDS = ("torch-cpu", "torch-cuda", "onnx-cpu", "onnx-cuda")
 TOLERANCE = 1e-4
 HOURS = 201  # the hour after 200 hours of context is not a live one, and costs as much
 MINIMUM_ROWS = 4
+TURN_S = 0.05
 GRAPH = Path("model_repository/llm4ehr/1/step.onnx")  # the other networks have none
 TARGETS = {
     "cpu": {
@@ -150,26 +151,32 @@ def measured(
             raise RuntimeError(
                 f"{name}, {batch} stays, {context} h: outputs differ by {difference}"
             )
-        seconds = _interleaved(chosen, at, a.repeats, a.limit)
+        rounds, seconds = _interleaved(chosen, at, a.repeats, a.limit)
         floor = tick_cost(network, batch, at).floor_seconds(peak)
         note = "" if again <= a.limit else f"stateless left out: about {again:.0f} s"
-        yield row | _columns(a, seconds, row, floor, difference, note)
+        columns = _columns(a, seconds, row, floor, difference, note)
+        yield row | columns | {"repeats": rounds}
 
 
 def _interleaved(
     ways: list[Any], context: int, repeats: int, limit: float
-) -> dict[str, list[float]]:
-    """Seconds of each way, in turns; fewer rounds where they would take longer than the limit."""
+) -> tuple[int, dict[str, list[float]]]:
+    """Rounds, and seconds of each way, in turns; fewer rounds where they take longer than `limit`.
+
+    A turn lasts `TURN_S` at least: the first tick of a short one finds nothing in the cache but
+    what the way before it left there.
+    """
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     started = time.perf_counter()
-    for _ in range(repeats):
+    rounds = 0
+    while rounds < repeats and (not rounds or time.perf_counter() - started < limit):
+        rounds += 1
         for way in ways:
-            before = time.perf_counter()
-            way.tick(context)
-            seconds[way.name].append(time.perf_counter() - before)
-        if time.perf_counter() - started > limit:
-            break
-    return seconds
+            turn = time.perf_counter()
+            while (before := time.perf_counter()) - turn < TURN_S:
+                way.tick(context)
+                seconds[way.name].append(time.perf_counter() - before)
+    return rounds, seconds
 
 
 def _columns(
@@ -195,7 +202,7 @@ def _columns(
     columns["floor_ms"] = None if floor is None else _rounded(1000 * floor)
     columns["times_floor"] = _rounded(ours / floor) if ours and floor else None
     columns["difference"] = None if difference is None else float(f"{difference:.1e}")
-    columns["repeats"] = len(seconds.get("ours", []))
+    columns["repeats"] = 0
     columns["note"] = note
     return columns
 
