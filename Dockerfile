@@ -7,6 +7,9 @@ ARG PIP_EXTRA_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     PATH=/opt/venv/bin:$PATH
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/venv
 WORKDIR /src
 # The pinned packages form a layer of their own, which changes with the pins alone.
@@ -19,6 +22,8 @@ COPY training training
 # For example: otel
 ARG EXTRAS
 RUN pip install --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}"
+# Beside the installed module; the image that runs has no compiler. Not from here, where the source is.
+RUN cd / && python -m service.engine.backends.slot_kernel
 
 FROM python:3.12-slim
 # Numeric, so that Kubernetes can see that it is not root.
