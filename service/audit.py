@@ -95,7 +95,6 @@ class Auditor:
             fresh = await engine.submit_as_of(view, len(served.scores.hours))
             equal = _same_bits(fresh, served.scores)
             self._audits.inc()
-            serving.model.on_audit(equal)
             if equal:
                 return "equal"
             self._mismatches.inc()

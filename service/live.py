@@ -10,35 +10,23 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
 from weakref import ref
 
+from service.catch_up import CatchUp, Load
 from service.core import Engine, EngineStopped, EpisodeView, Overloaded, Scores
-from service.log.base import EventLog, LogUnavailable
+from service.log.base import EventLog
 from service.settings import Settings
 from service.state import EpisodeState, Scored, Summary, summarise
 
 _logger = logging.getLogger(__name__)
-
-# How long the catch-up waits before it asks again, for the engine and for the log.
-_ENGINE_PAUSE_S = 0.05
-_LOG_PAUSE_S = 1.0
 
 # Stays whose scores are kept, as many as an engine knows.
 _MAX_KEPT = 4096
 
 # How often a reader may be overtaken by writers of the same episode before it is sent away.
 _MAX_TRIES = 20
-
-
-class Load(Protocol):
-    """Loads an episode's state; without `evict` it makes nothing else leave the memory."""
-
-    def __call__(
-        self, episode_id: str, *, evict: bool = True
-    ) -> Awaitable[EpisodeState | None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,52 +63,38 @@ class LiveScores:
         self._digest = engine.bundle.digest
         self._enabled = settings.scoring_enabled
         self._lateness = settings.allowed_lateness
-        self._at_a_time = settings.engine_rows  # enough to fill every tick
         self._load = load
-        self._log = log
+        # As many at a time as fill a tick.
+        self.catch_up = CatchUp(self, load, log, settings.engine_rows)
         self._on_published = on_published
         self._submissions: dict[str, _Submission] = {}
         self._summaries: dict[str, Summary] = {}
         self._kept: OrderedDict[str, ref[EpisodeState]] = OrderedDict()  # scored last comes last
-        self._behind: dict[str, None] = {}
-        self._wake = asyncio.Event()
-        self._seen = asyncio.Event()
-        self._warm = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
         self._stopped = False
-        self.to_score, self.n_scored = 0, 0
-        """Stays that the catch-up after the start has, and those it is done with."""
 
     def start(self, after: LiveScores | None = None) -> None:
         """Begin to score the open stays that are in the log, newest activity first.
 
         With `after` once that model has seen the log, which is not read again.
         """
-        self._task = asyncio.create_task(self._keep_up(after))
-        self._task.add_done_callback(_report)
+        self.catch_up.start(None if after is None else lambda: self._take_over(after))
 
     def cancel(self) -> None:
         """Ask for nothing more, and keep no scores."""
         self._stopped = True
-        if self._task is not None:
-            self._task.cancel()
+        self.catch_up.cancel()
         while self._kept:
             self._let_oldest_go()
 
     async def stop(self) -> None:
         """The same, and wait until nothing of it runs."""
         self.cancel()
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        await self.catch_up.stop()
 
     @property
     def complete(self) -> bool:
         """Whether every episode in the log has been seen since the start."""
-        return self._seen.is_set()
-
-    async def warm(self) -> None:
-        """Wait until every stay that was open at the start has its scores."""
-        await self._warm.wait()
+        return self.catch_up.seen.is_set()
 
     @property
     def summaries(self) -> Iterable[Summary]:
@@ -155,8 +129,7 @@ class LiveScores:
         elif self._enabled and view.head_hour >= 0:
             if self.leads and self._offer(state, written=time.perf_counter()):
                 return
-            self._behind[view.episode_id] = None
-            self._wake.set()
+            self.catch_up.leave_behind(view.episode_id)
 
     def again(self, state: EpisodeState) -> None:
         """Forget what is held of a stay, and have it scored anew."""
@@ -203,6 +176,21 @@ class LiveScores:
         if scored and scored.view.seq == view.seq and len(scored.scores.hours) >= n_hours:
             return Scored(view=view, scores=scored.scores)
         return Scored(view=view, scores=await self.engine.submit_as_of(view, n_hours))
+
+    def lacks(self, state: EpisodeState) -> bool:
+        """Whether an episode is open and has not the scores of its last entry."""
+        view, kept = state.view, self.kept(state)
+        open_ = not view.deleted and view.discharged_at is None and view.head_hour >= 0
+        return self._enabled and open_ and (kept is None or kept.view.seq != view.seq)
+
+    def ask(self, state: EpisodeState) -> asyncio.Future[Scores] | bool:
+        """Submit it, unless it is under way; False if the engine has no room now, True if it takes
+        nothing.
+        """
+        asked = self._submissions.get(state.episode_id)
+        if asked is not None and asked.view.seq == state.seq:
+            return asked.future
+        return self._offer(state)
 
     def _offer(
         self, state: EpisodeState, written: float | None = None
@@ -271,87 +259,11 @@ class LiveScores:
         if (state := kept()) is not None:
             state.scored.pop(self._digest, None)
 
-    async def _keep_up(self, after: LiveScores | None) -> None:
-        """Score every open stay once after a start, then those that changed and were not asked."""
-        episode_ids = await self._all_episodes() if after is None else await self._take_over(after)
-        del after  # it may be unloaded long before this one
-        self.to_score = len(episode_ids)
-        in_flight = await self._score(iter(episode_ids), self._count)
-        self._seen.set()
-        if in_flight:
-            await asyncio.wait(in_flight)
-        self._warm.set()
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            await self._score(self._oldest_behind(), lambda: None)
-
-    def _count(self) -> None:
-        self.n_scored += 1
-
-    def _oldest_behind(self) -> Iterator[str]:
-        while self._behind:
-            episode_id = next(iter(self._behind))
-            del self._behind[episode_id]
-            yield episode_id
-
     async def _take_over(self, after: LiveScores) -> list[str]:
-        """What another model has seen of the log; returns the open stays."""
-        await after._seen.wait()
+        """What another model has seen of the log; returns the open stays, newest activity first."""
+        await after.catch_up.seen.wait()
         for episode_id, summary in after._summaries.items():
             if episode_id not in self._summaries:
                 self._summaries[episode_id] = replace(summary, latest=None, scored_seq=None)
         newest_first = sorted(self._summaries.values(), key=lambda s: s.updated_at, reverse=True)
         return [s.episode_id for s in newest_first if s.discharged_at is None and s.head_hour >= 0]
-
-    async def _all_episodes(self) -> list[str]:
-        while True:
-            try:
-                return await self._log.episode_ids()
-            except LogUnavailable:
-                _logger.warning("the log cannot be read; trying again")
-                await asyncio.sleep(_LOG_PAUSE_S)
-
-    async def _score(
-        self, episode_ids: Iterator[str], done: Callable[[], None]
-    ) -> set[asyncio.Future[Scores]]:
-        """Have stays scored, so many at a time; returns what is still under way at the end."""
-        in_flight: set[asyncio.Future[Scores]] = set()
-        for episode_id in episode_ids:
-            if len(in_flight) >= self._at_a_time:
-                _, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
-            future = await self._revisit(episode_id)
-            if future is None:
-                done()
-            else:
-                future.add_done_callback(lambda _: done())
-                in_flight.add(future)
-        return in_flight
-
-    async def _revisit(self, episode_id: str) -> asyncio.Future[Scores] | None:
-        """Have a stay scored if it is open and its scores are not there; None if they are."""
-        while True:
-            try:
-                state = await self._load(episode_id, evict=False)
-            except LogUnavailable:
-                await asyncio.sleep(_LOG_PAUSE_S)
-                continue
-            if state is None:
-                return None
-            self.note(state)
-            view, kept = state.view, self.kept(state)
-            open_ = not view.deleted and view.discharged_at is None and view.head_hour >= 0
-            if not self._enabled or not open_ or (kept and kept.view.seq == view.seq):
-                return None
-            asked = self._submissions.get(episode_id)
-            if asked is not None and asked.view.seq == view.seq:
-                return asked.future
-            if (offered := self._offer(state)) is not False:
-                return None if offered is True else offered
-            await asyncio.sleep(_ENGINE_PAUSE_S)
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    """Without this a failure would stay unseen: nobody waits for the catch-up."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _logger.error("the catch-up failed: %s", type(error).__name__)

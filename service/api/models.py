@@ -199,7 +199,7 @@ def _version(version: Version) -> dict[str, Any]:
         "preprocessing_digest": bundle and bundle.preprocessing_digest,
         "slots": status
         and {"used": status.slots_used, "free": status.slots_free, "lost": status.slots_lost},
-        "progress": live and {"scored": live.n_scored, "total": live.to_score},
+        "progress": live and {"scored": live.catch_up.n_scored, "total": live.catch_up.to_score},
         "failure": failure and {"type": failure.type, "detail": failure.detail},
     }
 

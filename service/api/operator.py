@@ -83,7 +83,8 @@ class SinceStartOut(_Out):
     evictions: _Count
     out_of_memory: _Count
     model_faults: _Count
-    audits: dict[str, _Count]
+    audits: _Count
+    mismatches: _Count
     rows: dict[str, _Count]
     refusals: dict[str, _Count]
 
@@ -150,7 +151,9 @@ def _since_start(registry: CollectorRegistry) -> SinceStartOut:
         evictions=_total(registry, "llm4ehr_kv_evictions"),
         out_of_memory=_total(registry, "llm4ehr_engine_out_of_memory"),
         model_faults=_total(registry, "llm4ehr_engine_model_faults"),
-        audits=_by(registry, "llm4ehr_engine_audits", "result"),
+        audits=_total(registry, "llm4ehr_replay_audits"),
+        mismatches=_total(registry, "llm4ehr_replay_mismatch")
+        + _total(registry, "llm4ehr_engine_mismatch"),
         rows=_by(registry, "llm4ehr_engine_rows", "cause"),
         refusals=_by(registry, "llm4ehr_refusals", "reason"),
     )
@@ -165,6 +168,6 @@ def _by(registry: CollectorRegistry, name: str, label: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for family in registry.restricted_registry([f"{name}_total"]).collect():
         for sample in family.samples:
-            value = sample.labels[label]
+            value = sample.labels.get(label, "")
             found[value] = found.get(value, 0) + int(sample.value)
     return found

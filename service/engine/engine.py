@@ -17,7 +17,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 from llm4ehr.bundle import Bundle
 from service.core import (
@@ -63,7 +62,6 @@ class OnlineEngine:
         max_states: int = 4096,
         turn: Callable[[], AbstractContextManager[object]] = nullcontext,
         on_fatal: Callable[[BaseException], None] = lambda error: None,
-        cause: Literal["shadow"] | None = None,
         numerics: Numerics | None = None,
         clock: Clock = time.monotonic,
         tracing: Tracing = OFF,
@@ -87,7 +85,6 @@ class OnlineEngine:
             metrics,
             token_rows=self._reader.tokens,
             turn=turn,
-            cause=cause,
             clock=clock,
             tracing=tracing,
         )

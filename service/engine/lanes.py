@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +54,6 @@ class Lanes:
         *,
         token_rows: TokenRows | None,
         turn: Callable[[], AbstractContextManager[object]],
-        cause: Literal["shadow"] | None,
         clock: Clock,
         tracing: Tracing,
     ) -> None:
@@ -64,7 +62,6 @@ class Lanes:
         self._metrics = metrics
         self._token_rows = token_rows
         self._turn = turn
-        self._cause = cause
         self._clock = clock
         self._tracing = tracing
         self._answers = Answers(bundle)
@@ -223,7 +220,7 @@ class Lanes:
         faulty: dict[Hashable, None] = {}
         causes: dict[Cause, int] = {}
         for i, (stay, row) in enumerate(zip(stays, rows, strict=True)):
-            cause = self._cause or _cause(stay, row.number)
+            cause = _cause(stay, row.number)
             causes[cause] = causes.get(cause, 0) + 1
             if not finite[i]:
                 faulty[row.key] = None
@@ -232,7 +229,7 @@ class Lanes:
             if row.number < stay.valid and not stay.same_bits(row.number, result.hidden[i]):
                 # What was published cannot be had again: the promise of the engine is broken.
                 _log.critical("an hour that was computed again gave other bits")
-                self._metrics.audited(equal=False)
+                self._metrics.mismatched()
                 stay.crop(row.number)
             if row.number == stay.valid:
                 stay.write(scores[i], result.hidden[i])

@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 TickKind = Literal["hours", "tokens"]
 """Rows of the series pass, or of the event pass."""
 
-Cause = Literal["new", "correction", "rebuild", "past", "shadow"]
+Cause = Literal["new", "correction", "rebuild", "past"]
 """Why a row is computed: the first time; again since its features changed; again only to fill a
-slot; for a view of the past, or an audit; by a version on trial."""
+slot; for a view of the past, or an audit."""
 
 MAX_RETRY_S = 30
 
@@ -79,8 +79,9 @@ class _Families:
         self.model_faults = counter(
             "llm4ehr_engine_model_faults_total", "Stays for which the model gave no finite number"
         )
-        self.audits = counter(
-            "llm4ehr_engine_audits_total", "Stays computed again and compared", "result"
+        self.mismatches = counter(
+            "llm4ehr_engine_mismatch_total",
+            "Hours computed again that gave other bits; must stay 0",
         )
 
 
@@ -112,7 +113,7 @@ class EngineMetrics:
         self._evictions = of.evictions.labels(model)
         self._out_of_memory = of.out_of_memory.labels(model)
         self._model_faults = of.model_faults.labels(model)
-        self._audits = {same: of.audits.labels(model, r) for same, r in _RESULTS.items()}
+        self._mismatches = of.mismatches.labels(model)
 
     def of(self, model: str) -> EngineMetrics:
         """The metrics of another engine of the same process."""
@@ -166,14 +167,11 @@ class EngineMetrics:
         """The model gave a number that is not finite, and a stay was dropped."""
         self._model_faults.inc()
 
-    def audited(self, *, equal: bool) -> None:
-        """A stay was computed again and its bits were compared."""
-        self._audits[equal].inc()
+    def mismatched(self) -> None:
+        """An hour that was computed again gave other bits than before."""
+        self._mismatches.inc()
 
     def retry_after_s(self) -> int:
         """When to ask again: the time that the backlog takes at the measured pace, 1 to 30."""
         seconds = self._n_pending_rows * self._seconds_per_row
         return min(max(math.ceil(seconds), 1), MAX_RETRY_S)
-
-
-_RESULTS = {True: "equal", False: "different"}

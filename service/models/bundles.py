@@ -83,7 +83,6 @@ class Bundles:
             go_first=lambda: self._turns.put_in_front(me, lambda: not engine.idle()),
             status=engine.status,
             retry_after_s=metrics.retry_after_s,
-            on_audit=lambda equal: metrics.audited(equal=equal),
         )
 
     def load(self, name: Name) -> Model:

@@ -310,7 +310,7 @@ class Models:
         version.model, version.live = model, live
         self._turn(version, "rebuilding")
         live.start(after=self._active.live)
-        await live.warm()
+        await live.catch_up.warm.wait()
         if self._alive(version).condition == "rebuilding":
             self._turn(version, "ready")
             _logger.info("model %s is ready", version.name)

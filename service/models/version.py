@@ -48,8 +48,6 @@ class Model:
     status: Callable[[], EngineStatus | None] = lambda: None
     retry_after_s: Callable[[], int] = lambda: 1
     """Seconds after which the engine may have worked off what waits now."""
-    on_audit: Callable[[bool], None] = lambda equal: None
-    """Told what an audit found."""
 
 
 class LoadError(Exception):

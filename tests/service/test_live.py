@@ -91,8 +91,8 @@ async def test_so_many_stays_at_a_time_newest_first(ward: Ward) -> None:
         await settle()
     assert ward.asked() == [f"s{i}" for i in range(7, -1, -1)]
     assert ward.live.complete
-    assert (ward.live.n_scored, ward.live.to_score) == (8, 8)
-    await asyncio.wait_for(ward.live.warm(), 60)
+    assert (ward.live.catch_up.n_scored, ward.live.catch_up.to_score) == (8, 8)
+    await asyncio.wait_for(ward.live.catch_up.warm.wait(), 60)
     assert ward.published == []  # nobody waited for them
 
 

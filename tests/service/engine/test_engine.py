@@ -279,8 +279,7 @@ async def test_an_hour_that_comes_out_differently_again_is_noticed(
         copied.data[0] += 1
         after = await engine.submit(view_of(stay, seq=2))
     assert after.embeddings[:29].tobytes() != before.embeddings.tobytes()
-    labels = {"model": "", "result": "different"}
-    assert registry.get_sample_value("llm4ehr_engine_audits_total", labels) > 0
+    assert registry.get_sample_value("llm4ehr_engine_mismatch_total", {"model": ""}) > 0
     assert "other bits" in caplog.text
     assert stay.episode_id not in caplog.text
 
