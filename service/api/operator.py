@@ -130,8 +130,8 @@ async def summary(context: ContextDep) -> SummaryOut:
         catch_up=CatchUpOut(
             complete=live.complete,
             episodes=sum(1 for _ in live.summaries),
-            to_score=live.to_score,
-            scored=live.n_scored,
+            to_score=live.catch_up.to_score,
+            scored=live.catch_up.n_scored,
         ),
         last=LastOut(
             seconds=seconds,
