@@ -75,11 +75,7 @@ class SlotCache(Cache):
         for layer, (keys, values) in enumerate(first):
             self.keys[layer][:, :, : self.n_first] = keys
             self.values[layer][:, :, : self.n_first] = values
-        self._kernel = (
-            SlotKernel(library, self.keys, self.values, torch.get_num_threads())
-            if library
-            else None
-        )
+        self._kernel = SlotKernel(library, self.keys, self.values) if library else None
         self._slots: list[int] = []
         self._lengths: list[int] = []
 

@@ -55,6 +55,7 @@ class _Rows(ctypes.Structure):
 class SlotKernel:
     """The kernel on the pools of all layers: keys and values [slots, groups, positions, D] each.
 
+    Without `n_threads` it uses as many as torch has at the time, where the work is worth it.
     Raises ValueError for pools that are not float32, contiguous and on the CPU.
     """
 
@@ -63,7 +64,7 @@ class SlotKernel:
         library: ctypes.CDLL,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
-        n_threads: int = 1,
+        n_threads: int | None = None,
     ) -> None:
         self._attend = library.slot_attention
         self._shape = keys[0].shape
@@ -77,9 +78,9 @@ class SlotKernel:
             for k, v in zip(keys, values, strict=True)
         ]
         self._n_threads = n_threads
-        room = -(-positions // _LANES) * _LANES
-        self._scratch = torch.empty(n_threads * room)
-        self._rows = _Rows(scratch=self._scratch.data_ptr(), scratch_size=room)
+        self._room = -(-positions // _LANES) * _LANES
+        self._scratch = torch.empty(0)
+        self._rows = _Rows(scratch_size=self._room)
         self._index = torch.zeros(0, dtype=torch.long)
 
     def begin(self, slots: Sequence[int], lengths: Sequence[int], n_rows: int) -> None:
@@ -96,7 +97,15 @@ class SlotKernel:
         rows.lengths = rows.slots + 8 * n
         rows.rows, rows.all_rows = n, n_rows
         read = sum(lengths) * groups * size * 8
-        rows.threads = min(self._n_threads, 1 + read // _BYTES_A_THREAD)
+        self._share(1 + read // _BYTES_A_THREAD)
+
+    def _share(self, worth: int) -> None:
+        """Use as many threads as the work is worth and as there are."""
+        threads = min(self._n_threads or torch.get_num_threads(), worth)
+        if len(self._scratch) < threads * self._room:
+            self._scratch = torch.empty(threads * self._room)
+            self._rows.scratch = self._scratch.data_ptr()
+        self._rows.threads = threads
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float

@@ -127,9 +127,8 @@ def test_a_row_has_the_same_bits_in_any_company(size: int) -> None:
             here = rng.permutation(8)[:4].tolist()
             slots = rng.permutation(4).tolist()
             kernel = pools().kernel(threads)
-            kernel._rows.threads = threads
             kernel.begin(slots, [lengths[row] for row in here], 6)
-            kernel._rows.threads = threads  # work as small as this is not shared otherwise
+            kernel._share(threads)  # work as small as this is not shared otherwise
             picked = [torch.cat([part[here], part[:2]]) for part in rows]
             out = kernel(0, *picked, 0.3)
             for place, row in enumerate(here):
