@@ -10,7 +10,7 @@ and 5 % reads. Latencies begin when a request was due.
 
     post          until the durable acknowledgement; a correction is a post
     readable      until GET .../risk?min_seq= has answered with what was posted (every fifth post)
-    get           GET .../risk, half of them with the entity tag of an earlier answer
+    get           GET .../risk; half of them ask again what was read last, with its entity tag
     not_modified  those that were answered 304
 
 A rate is sustained if 98 % of it was answered in its time and p99 of `readable` stayed below a

@@ -105,7 +105,8 @@ class Load:
         self._all: list[Connection] = []
         self._opening: list[asyncio.Future[None]] = []
         self._queue: deque[Request] = deque()
-        self._tags: dict[str, str] = {}
+        self._read_last: tuple[str, str] | None = None
+        """Stay and entity tag of the last risk that was read."""
         self._under_way = 0
         self._stopped = self._sent = False
         self._idle = asyncio.Event()
@@ -170,8 +171,12 @@ class Load:
         connection = self._free.popleft()
         self._under_way += 1
         self.result.lags.append(time.perf_counter() - request.due)
-        tag = self._tags.get(request.name) if request.conditional else None
-        connection.send(request, f"If-None-Match: {tag}\r\n".encode() if tag else b"")
+        extra = b""
+        if request.conditional and self._read_last is not None:
+            request.name, tag = self._read_last
+            request.head = head_of("GET", f"{request.name}/risk")
+            extra = f"If-None-Match: {tag}\r\n".encode()
+        connection.send(request, extra)
 
     def _answered(
         self, connection: Connection, request: Request, status: int, head: bytes, body: bytes
@@ -204,7 +209,7 @@ class Load:
         if timing is not None:
             self.result.timings.setdefault(kind, []).append(timing)
         if request.kind in ("get", "readable"):
-            self._tags[request.name] = header(head, b"etag") or ""
+            self._read_last = request.name, header(head, b"etag") or ""
 
 
 def _cpu_seconds() -> float:

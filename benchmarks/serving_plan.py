@@ -45,7 +45,7 @@ class Request:
     head: bytes
     body: bytes = b""
     follow: bool = False  # ask for the risk of what was posted
-    conditional: bool = False  # ask with the entity tag of the last answer
+    conditional: bool = False  # ask again what was read last, with its entity tag
 
 
 class Beds:
