@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from llm4ehr.bundle import Bundle
 from llm4ehr.model import Task
-from service.core import HourScore, HoursInterval
+from service.core import AnswerLayout
+
+_COLUMNS: dict[Task, int] = {"decompensation": 1, "mortality": 2, "remaining_los": 3}
+_LOW, _HIGH, _PHENOTYPES = 4, 5, 6
 
 
 class Answers:
@@ -17,46 +20,31 @@ class Answers:
 
     def __init__(self, bundle: Bundle) -> None:
         self._calibration = bundle.calibration
-        self._phenotypes = bundle.phenotypes
+        tasks = frozenset(bundle.network.model.config.heads)
+        los = bundle.calibration.get("remaining_los")
+        interval = los.interval if los is not None and "remaining_los" in tasks else None
+        self.layout = AnswerLayout(
+            tasks=tasks,
+            phenotypes=bundle.phenotypes if "phenotyping" in tasks else (),
+            coverage=None if interval is None else interval.coverage,
+        )
 
     def rows(
         self,
         raw: Mapping[Task, NDArray[np.float32]],
         hours: NDArray[np.int64],
         imputed_share: NDArray[np.float64],
-    ) -> list[HourScore]:
-        """Answers to `raw` (task -> [R, n], finite) of rows at `hours` [R]."""
-        answers = {task: self._calibration[task](out, hours).tolist() for task, out in raw.items()}
-        intervals = self._intervals(raw, hours)
-
-        def one(task: Task, row: int) -> float | None:
-            return answers[task][row][0] if task in answers else None
-
-        return [
-            HourScore(
-                hour=hour,
-                decompensation=one("decompensation", row),
-                mortality=one("mortality", row),
-                remaining_los_hours=one("remaining_los", row),
-                remaining_los_interval_hours=intervals[row],
-                phenotypes=dict(
-                    zip(self._phenotypes, answers["phenotyping"][row], strict=True)
-                    if "phenotyping" in answers
-                    else ()
-                ),
-                imputed_share=share,
-            )
-            for row, (hour, share) in enumerate(
-                zip(hours.tolist(), imputed_share.tolist(), strict=True)
-            )
-        ]
-
-    def _intervals(
-        self, raw: Mapping[Task, NDArray[np.float32]], hours: NDArray[np.int64]
-    ) -> list[HoursInterval | None]:
-        los = self._calibration.get("remaining_los")
-        if los is None or los.interval is None or "remaining_los" not in raw:
-            return [None] * len(hours)
-        low, high = los.bounds(raw["remaining_los"], hours)
-        ends = zip(low[:, 0].tolist(), high[:, 0].tolist(), strict=True)
-        return [HoursInterval(low=a, high=b, coverage=los.interval.coverage) for a, b in ends]
+    ) -> NDArray[np.float64]:
+        """Answers [R, width] to `raw` (task -> [R, n], finite) of rows at `hours` [R]."""
+        out = np.zeros((len(hours), self.layout.width))
+        out[:, 0] = imputed_share
+        for task, given in raw.items():
+            answers = self._calibration[task](given, hours)
+            if task == "phenotyping":
+                out[:, _PHENOTYPES:] = answers
+            else:
+                out[:, _COLUMNS[task]] = answers[:, 0]
+        if self.layout.coverage is not None:
+            low, high = self._calibration["remaining_los"].bounds(raw["remaining_los"], hours)
+            out[:, _LOW], out[:, _HIGH] = low[:, 0], high[:, 0]
+        return out

@@ -29,6 +29,7 @@ from service.core import (
     Overloaded,
     Scores,
 )
+from service.engine.answers import Answers
 from service.engine.backends.base import Backend
 from service.engine.lanes import Clock, Lanes
 from service.engine.metrics import EngineMetrics
@@ -78,8 +79,10 @@ class OnlineEngine:
         self._state_size = network.model.state_size
         self._reader = Reader(network)
         self._states: OrderedDict[Hashable, HeldStay] = OrderedDict()  # least recently used first
+        self._answers = Answers(bundle)
         self._lanes = Lanes(
             bundle,
+            self._answers,
             backend,
             self._states,
             metrics,
@@ -257,7 +260,7 @@ class OnlineEngine:
             self._publish(key, stay)
 
     def _new_stay(self, request: Request) -> HeldStay:
-        stay = HeldStay(request.scratch, self._state_size)
+        stay = HeldStay(request.scratch, self._state_size, self._answers.layout)
         self._states[request.key] = stay
         if len(self._states) > self._max_states:
             idle = next(

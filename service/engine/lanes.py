@@ -21,7 +21,7 @@ from service.engine.backends.shapes import slot_bytes
 from service.engine.metrics import Cause, EngineMetrics, TickKind
 from service.engine.scheduler import Row, Scheduler
 from service.engine.slots import SlotTable
-from service.engine.stays import HeldStay, features_of
+from service.engine.stays import HeldStay, features_of, same_bits
 from service.engine.tokens import TokenRows
 from service.tracing import Tracing
 
@@ -48,6 +48,7 @@ class Lanes:
     def __init__(
         self,
         bundle: Bundle,
+        answers: Answers,
         backend: Backend,
         stays: Mapping[Hashable, HeldStay],
         metrics: EngineMetrics,
@@ -64,7 +65,7 @@ class Lanes:
         self._turn = turn
         self._clock = clock
         self._tracing = tracing
-        self._answers = Answers(bundle)
+        self._answers = answers
         self._width = bundle.network.model.backbone.hidden_size
         self._hours = self._lane(bundle.network.preprocessing.max_hours)
         self._tokens = None if token_rows is None else self._lane(token_rows.window)
@@ -168,8 +169,13 @@ class Lanes:
         faulty = {rows[i].key: None for i in np.flatnonzero(~np.isfinite(z).all(axis=1)).tolist()}
         outcome.faulty += faulty
         for stay, row, token, state in zip(stays, rows, tokens, z, strict=True):
-            if self._token_rows.counts(row.number):
-                stay.write_token(token, state)
+            if row.key in faulty:
+                continue
+            if self._token_rows.counts(row.number) and not stay.write_token(token, state):
+                self._differed()
+                hour = int(stay.tokens.hours[token])
+                stay.crop(hour)
+                self._hours.crop(row.key, hour)
             stay.valid_rows = max(stay.valid_rows, row.number + 1)
         for key in self._tokens.done(rows):
             if key not in outcome.faulty and not self._await_hours(key):
@@ -226,16 +232,19 @@ class Lanes:
                 faulty[row.key] = None
             if row.key in faulty:
                 continue
-            if row.number < stay.valid and not stay.same_bits(row.number, result.hidden[i]):
-                # What was published cannot be had again: the promise of the engine is broken.
-                _log.critical("an hour that was computed again gave other bits")
-                self._metrics.mismatched()
+            if row.number < stay.valid and not same_bits(stay.hidden[row.number], result.hidden[i]):
+                self._differed()
                 stay.crop(row.number)
             if row.number == stay.valid:
                 stay.write(scores[i], result.hidden[i])
         for cause, n in causes.items():
             self._metrics.computed(cause, n)
         return faulty
+
+    def _differed(self) -> None:
+        """What was published cannot be had again: the promise of the engine is broken."""
+        _log.critical("what was computed again has other bits")
+        self._metrics.mismatched()
 
     def _make_room(self, rows: list[Row], outcome: Outcome) -> None:
         """After a tick there was no memory for: go on with fewer slots, or refuse its stays."""

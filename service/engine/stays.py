@@ -19,11 +19,10 @@ from llm4ehr.episode import (
     featurise,
     first_difference,
 )
-from service.core import EpisodeView, HourScore, Scores
+from service.core import AnswerLayout, EpisodeView, HourScores, Scores
+from service.engine.rows import Rows
 from service.engine.tokens import TokenRows
 from service.projection import model_episode
-
-_CAPACITY = 32  # hours or tokens that there is room for at first
 
 
 @dataclass(slots=True, eq=False)
@@ -45,71 +44,77 @@ class Request:
 class HeldStay:
     """Features of a stay, and what was computed from them.
 
-    The first `valid` hours have outputs that belong to `features`, and `hours` holds their answers.
-    With an event stream the first `valid_rows` rows of the event pass have their states.
+    `hidden` and `answers` have a row for every hour whose outputs belong to `features`; with an
+    event stream `z` has one for every token with a state, from `valid_rows` rows of the event pass.
     """
 
-    def __init__(self, scratch: bool, state_size: int) -> None:
+    def __init__(self, scratch: bool, state_size: int, layout: AnswerLayout) -> None:
         self.scratch = scratch
         self.seq = 0
         self.episode: Episode = empty_episode("")
         self.features: Features | None = None
         self.tokens = EventTokens(ids=np.zeros(0, np.int32), hours=np.zeros(0, np.int16))
-        self.valid = 0
+        self.hidden = Rows(state_size, np.float32)
+        self.answers = Rows(layout.width, np.float64)
+        self.z: Rows[np.float32] | None = None
         self.valid_rows = 0
         self.reached = 0  # hours that were ever computed
-        self.hours: list[HourScore] = []
         self.waiting: list[Request] = []
         self.rebuild_since: float | None = None
-        self._hidden = np.zeros((_CAPACITY, state_size), np.float32)
-        self._published = 0
-        self._z = np.zeros((0, 0), np.float32)
+        self._layout = layout
 
     @property
     def n_hours(self) -> int:
         """Hours there are features of."""
         return 0 if self.features is None else len(self.features.series)
 
+    @property
+    def valid(self) -> int:
+        """Hours with outputs."""
+        return len(self.hidden)
+
     def crop(self, hour: int) -> None:
         """Outputs from `hour` on no longer belong to the features."""
-        self.valid = min(self.valid, hour)
-        del self.hours[hour:]
-        if hour < self._published:
-            # Readers hold the rows that are to be written again.
-            self._hidden = self._hidden.copy()
-            self._published = hour
+        self.hidden.crop(hour)
+        self.answers.crop(hour)
 
-    def write(self, score: HourScore, hidden: NDArray[np.float32]) -> None:
+    def write(self, answers: NDArray[np.float64], hidden: NDArray[np.float32]) -> None:
         """Keep the outputs of the next hour."""
-        self._hidden = _with_room(self._hidden, self.valid)
-        self._hidden[self.valid] = hidden
-        self.hours.append(score)
-        self.valid += 1
+        self.answers.append(answers)
+        self.hidden.append(hidden)
         self.reached = max(self.reached, self.valid)
 
-    def write_token(self, token: int, z: NDArray[np.float32]) -> None:
-        """Keep the state of a token."""
-        if not len(self._z):
-            self._z = np.zeros((_CAPACITY, len(z)), np.float32)
-        self._z = _with_room(self._z, token)
-        self._z[token] = z
+    def write_token(self, token: int, z: NDArray[np.float32]) -> bool:
+        """Keep the state of the next token, or of one that was computed again.
+
+        False if it was there with other bits; those after it are dropped then.
+        """
+        if self.z is None:
+            self.z = Rows(len(z), np.float32)
+        if token < len(self.z) and same_bits(self.z[token], z):
+            return True
+        new = token == len(self.z)
+        self.z.crop(token)
+        self.z.append(z)
+        return new
 
     def latest(self, hour: int, width: int) -> NDArray[np.float32]:
         """State [width] of the last token of an hour or before, zeros if there is none."""
         token = int(np.searchsorted(self.tokens.hours, hour, side="right")) - 1
-        return self._z[token] if token >= 0 else np.zeros(width, np.float32)
-
-    def same_bits(self, hour: int, hidden: NDArray[np.float32]) -> bool:
-        """Whether an hour that was computed again gave what it gave before."""
-        return bool(self._hidden[hour].tobytes() == hidden.tobytes())
+        return np.zeros(width, np.float32) if token < 0 or self.z is None else self.z[token]
 
     def scores(self) -> Scores:
-        """All hours. The embeddings are a view that is never written to again."""
-        n = self.n_hours
-        self._published = max(self._published, n)
-        embeddings = self._hidden[:n]
-        embeddings.flags.writeable = False
-        return Scores(seq=self.seq, hours=tuple(self.hours[:n]), embeddings=embeddings)
+        """All hours."""
+        return Scores(
+            seq=self.seq,
+            hours=HourScores(self._layout, self.answers.view()),
+            embeddings=self.hidden.view(),
+        )
+
+
+def same_bits(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
+    """Whether two rows are equal to the last bit."""
+    return bool(a.tobytes() == b.tobytes())
 
 
 class Reader:
@@ -155,19 +160,12 @@ class Reader:
         token = int(np.argmax(differs)) if differs.any() else n
         stay.tokens = new
         stay.valid_rows = min(stay.valid_rows, rows.first_row(token))
+        if stay.z is not None:
+            stay.z.crop(token)
         return min(
             (int(hours[token]) for hours in (old.hours, new.hours) if token < len(hours)),
             default=n_hours,
         )
-
-
-def _with_room(rows: NDArray[np.float32], row: int) -> NDArray[np.float32]:
-    """The same rows, in a larger array if there is no place for this one."""
-    if row < len(rows):
-        return rows
-    larger = np.zeros((max(2 * len(rows), row + 1), rows.shape[1]), np.float32)
-    larger[: len(rows)] = rows
-    return larger
 
 
 def features_of(stay: HeldStay) -> Features:
