@@ -202,10 +202,13 @@ class Engine(Protocol):
     @property
     def bundle(self) -> BundleInfo: ...
 
-    def submit(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
+    def submit(
+        self, view: EpisodeView, n_hours: int | None = None, *, background: bool = False
+    ) -> asyncio.Future[Scores]:
         """Score hours 0..max(head_hour + 1, n_hours) - 1 in the episode's live slot.
 
-        Only the newest view of an episode is computed: futures of older ones resolve with a newer
+        With `background` nobody waits for it, and a rebuild goes behind those of others. Only the
+        newest view of an episode is computed: futures of older ones resolve with a newer
         `seq` or are cancelled. Raises Overloaded, EngineStopped; the future may fail with
         EngineStopped or ModelFault.
         """

@@ -37,6 +37,7 @@ class _Submission:
     n_hours: int
     future: asyncio.Future[Scores]
     written: float | None
+    background: bool
 
 
 class LiveScores:
@@ -150,7 +151,12 @@ class LiveScores:
             if scored and scored.view.seq >= seq and len(scored.scores.hours) >= n_hours:
                 return scored
             pending = self._submissions.get(state.episode_id)
-            if pending is None or pending.view.seq < state.seq or pending.n_hours < n_hours:
+            if (
+                pending is None
+                or pending.background
+                or pending.view.seq < state.seq
+                or pending.n_hours < n_hours
+            ):
                 pending = self._submit(state, n_hours)
             await asyncio.wait([pending.future])
             if not pending.future.cancelled():
@@ -197,7 +203,8 @@ class LiveScores:
     ) -> asyncio.Future[Scores] | bool:
         """Submit if the engine has room; False if it has none now, True if it takes nothing."""
         try:
-            return self._submit(state, 0, written).future
+            # After a write somebody will ask; what is caught up with waits for nobody.
+            return self._submit(state, 0, written, background=written is None).future
         except Overloaded:
             return False
         except Exception as error:
@@ -206,14 +213,20 @@ class LiveScores:
             return True
 
     def _submit(
-        self, state: EpisodeState, n_hours: int, written: float | None = None
+        self,
+        state: EpisodeState,
+        n_hours: int,
+        written: float | None = None,
+        *,
+        background: bool = False,
     ) -> _Submission:
         view = state.view
         n_hours = max(n_hours, view.head_hour + 1)
         overtaken = self._submissions.get(view.episode_id)
         if overtaken is not None and overtaken.written is not None:
             written = overtaken.written
-        submission = _Submission(view, n_hours, self.engine.submit(view, n_hours), written)
+        future = self.engine.submit(view, n_hours, background=background)
+        submission = _Submission(view, n_hours, future, written, background)
         self._submissions[view.episode_id] = submission
         submission.future.add_done_callback(lambda _: self._scored(state, submission))
         return submission

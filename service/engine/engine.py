@@ -152,9 +152,11 @@ class OnlineEngine:
             pending_stays=self._pending,
         )
 
-    def submit(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
+    def submit(
+        self, view: EpisodeView, n_hours: int | None = None, *, background: bool = False
+    ) -> asyncio.Future[Scores]:
         """See `service.core.Engine`."""
-        return self._submit(view.episode_id, view, n_hours, scratch=False)
+        return self._submit(view.episode_id, view, n_hours, background=background)
 
     def submit_as_of(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
         """See `service.core.Engine`."""
@@ -169,7 +171,13 @@ class OnlineEngine:
         self._inbox.put(episode_id)
 
     def _submit(
-        self, key: Hashable, view: EpisodeView, n_hours: int | None, *, scratch: bool
+        self,
+        key: Hashable,
+        view: EpisodeView,
+        n_hours: int | None,
+        *,
+        scratch: bool = False,
+        background: bool = False,
     ) -> asyncio.Future[Scores]:
         if not self.alive():
             raise EngineStopped("the engine is not running")
@@ -180,7 +188,8 @@ class OnlineEngine:
         future.add_done_callback(self._answered)
         n = min(max(view.head_hour + 1, n_hours or 0), self._max_hours)
         now, where = self._clock(), self._tracing.here()
-        self._inbox.put(Request(key, view, n, scratch, future, now, trace=where))
+        request = Request(key, view, n, scratch, future, now, background, trace=where)
+        self._inbox.put(request)
         if not self.alive():  # it died since, and may have emptied the inbox before this
             _settle(future, EngineStopped("the engine stopped"))
         return future
@@ -231,8 +240,9 @@ class OnlineEngine:
         for key in [k for k in self._unread if k in self._states]:
             self._accept(key, self._unread.pop(key))
         until = self._clock() + _READ_BUDGET_S
-        while self._unread:
-            self._accept(*self._unread.popitem(last=False))
+        # Those that somebody waits for come first.
+        for key in sorted(self._unread, key=lambda k: all(r.background for r in self._unread[k])):
+            self._accept(key, self._unread.pop(key))
             if self._clock() >= until:
                 return
 

@@ -142,14 +142,14 @@ class Lanes:
             self._tokens.withdraw(key)
             return False
         self._hours.withdraw(key)  # heads read the tokens of the hour
-        self._tokens.extend(key, stay.valid_rows, n_rows)
+        self._tokens.extend(key, stay.valid_rows, n_rows, background=stay.background)
         return True
 
     def _await_hours(self, key: Hashable) -> bool:
         stay = self._stays[key]
         if stay.valid >= stay.n_hours:
             return False
-        self._hours.extend(key, stay.valid, stay.n_hours)
+        self._hours.extend(key, stay.valid, stay.n_hours, background=stay.background)
         if self._hours.is_rebuild(key) and stay.rebuild_since is None:
             stay.rebuild_since = self._clock()
         return True

@@ -52,10 +52,12 @@ class Row(NamedTuple):
 
 
 class Scheduler:
-    """Two queues: live stays get their next rows first, rebuilds fill what is left of a tick.
+    """Three queues: live stays get their next rows first, then rebuilds that somebody waits for,
+    and rebuilds in the background fill what is left of a tick.
 
-    Within a queue stays take turns, one row each, so that a long one cannot starve the others.
-    With `chained` false a tick has one row of a stay at most.
+    Live stays take turns, one row each, so that a long one cannot starve the others. Rebuilds go
+    one after the other: in turns all of them would end as late as the last. With `chained` false a
+    tick has one row of a stay at most.
     """
 
     def __init__(self, slots: SlotTable, *, window: int, chained: bool = True) -> None:
@@ -65,7 +67,8 @@ class Scheduler:
         self._chained = chained
         self._live: deque[Hashable] = deque()
         self._rebuild: deque[Hashable] = deque()
-        self._queued: set[Hashable] = set()
+        self._background: deque[Hashable] = deque()
+        self._queued: dict[Hashable, deque[Hashable]] = {}
 
     @property
     def waiting(self) -> int:
@@ -79,7 +82,7 @@ class Scheduler:
 
     def is_rebuild(self, key: Hashable) -> bool:
         """Whether a queued stay began with an empty slot and more than one row to compute."""
-        return key in self._rebuild
+        return self._queued.get(key, self._live) is not self._live
 
     def crop(self, key: Hashable, row: int) -> None:
         """What the slot of a stay holds from `row` on is no longer its own."""
@@ -90,18 +93,25 @@ class Scheduler:
         else:
             stay.reached = min(stay.reached, row)
 
-    def extend(self, key: Hashable, from_row: int, n_rows: int) -> None:
+    def extend(
+        self, key: Hashable, from_row: int, n_rows: int, *, background: bool = False
+    ) -> None:
         """Rows `from_row` .. `n_rows - 1` of a stay are to be computed.
 
         A stay whose slot is empty and that has more than one row is rebuilt; any other is live.
+        With `background` nobody waits for it, until it is asked for again without.
         """
         self.crop(key, from_row)
         stay = self.stays[key]
         stay.n_rows = n_rows
-        if key not in self._queued:
-            self._queued.add(key)
+        held = self._queued.get(key)
+        if held is None:
             rebuild = stay.first == stay.reached and n_rows - stay.reached > 1
-            (self._rebuild if rebuild else self._live).append(key)
+            rebuilds = self._background if background else self._rebuild
+            self._enter(key, rebuilds if rebuild else self._live)
+        elif held is self._background and not background:
+            held.remove(key)
+            self._enter(key, self._rebuild)
 
     def next_tick(self, max_rows: int) -> list[Row]:
         """The rows of the next tick, those of one stay in order; empty when nothing is to be done.
@@ -109,13 +119,17 @@ class Scheduler:
         The caller computes them and calls `done`.
         """
         rows: list[Row] = []
-        for queue in (self._live, self._rebuild):
+        for queue in (self._live, self._rebuild, self._background):
             if len(rows) < max_rows:  # a queue that gets no row keeps its order of turns
                 self._fill(queue, rows, max_rows)
         return rows
 
+    def _enter(self, key: Hashable, queue: deque[Hashable]) -> None:
+        self._queued[key] = queue
+        queue.append(key)
+
     def _fill(self, queue: deque[Hashable], rows: list[Row], max_rows: int) -> None:
-        turns = deque(queue)
+        turns, in_turns = deque(queue), queue is self._live
         taken: dict[Hashable, int] = {}
         while turns and len(rows) < max_rows:
             key = turns.popleft()
@@ -131,8 +145,9 @@ class Scheduler:
             # The next window would overwrite what the last rows of this one still read.
             window_ends = (row + 1) % self._window == 0
             if self._chained and row + 1 < stay.n_rows and not window_ends:
-                turns.append(key)
-        queue.rotate(-1)
+                (turns.append if in_turns else turns.appendleft)(key)
+        if in_turns:
+            queue.rotate(-1)
 
     def _acquire(self, stay: Stay) -> Lease | None:
         # Stays under way keep their slots, else many rebuilds would undo one another.
@@ -200,7 +215,8 @@ class Scheduler:
                 raise SlotError("a stay without a slot is said to hold rows")
             if not stay.first <= stay.reached <= min(stay.needed, stay.first + self._window):
                 raise SlotError("the counts of a stay do not fit")
-        if self._queued != set(self._live) | set(self._rebuild):
+        queues = (self._live, self._rebuild, self._background)
+        if self._queued != {key: queue for queue in queues for key in queue}:
             raise SlotError("a queue has lost a stay")
 
     def _window_of(self, row: int) -> int:
@@ -208,8 +224,5 @@ class Scheduler:
         return row // self._window * self._window
 
     def _leave(self, key: Hashable) -> None:
-        if key in self._queued:
-            self._queued.remove(key)
-            for queue in (self._live, self._rebuild):
-                if key in queue:
-                    queue.remove(key)
+        if (queue := self._queued.pop(key, None)) is not None:
+            queue.remove(key)

@@ -20,6 +20,7 @@ from llm4ehr.episode import (
     first_difference,
 )
 from service.core import AnswerLayout, EpisodeView, HourScores, Scores
+from service.engine.backends.shapes import token_positions
 from service.engine.rows import Rows
 from service.engine.tokens import TokenRows
 from service.projection import model_episode
@@ -35,6 +36,8 @@ class Request:
     scratch: bool
     future: asyncio.Future[Scores]
     submitted: float
+    background: bool = False
+    """Nobody waits for it."""
     begun: bool = False
     """Whether a row of it was computed."""
     trace: object = None
@@ -67,6 +70,11 @@ class HeldStay:
     def n_hours(self) -> int:
         """Hours there are features of."""
         return 0 if self.features is None else len(self.features.series)
+
+    @property
+    def background(self) -> bool:
+        """Whether nobody waits for it."""
+        return all(request.background for request in self.waiting)
 
     @property
     def valid(self) -> int:
@@ -122,11 +130,9 @@ class Reader:
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        config = network.model.config
-        self.tokens: TokenRows | None = None
+        window = token_positions(network)
+        self.tokens = TokenRows(window) if window else None
         """How tokens become rows, if the heads read an event stream."""
-        if config.events == "stream":
-            self.tokens = TokenRows(config.event_window or network.model.max_tokens)
 
     def read(self, stay: HeldStay, view: EpisodeView, n_hours: int) -> int:
         """Bring the features of a stay up to a view; returns the first hour that differs.

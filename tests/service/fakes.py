@@ -140,7 +140,9 @@ class FakeEngine:
         self.forgotten: list[str] = []
         self.waiting: deque[tuple[EpisodeView, int, asyncio.Future[Scores]]] = deque()
 
-    def submit(self, view: EpisodeView, n_hours: int | None = None) -> asyncio.Future[Scores]:
+    def submit(
+        self, view: EpisodeView, n_hours: int | None = None, *, background: bool = False
+    ) -> asyncio.Future[Scores]:
         self._check()
         n = max(view.head_hour + 1, n_hours or 0)
         self.submitted.append((view.episode_id, view.seq, n))

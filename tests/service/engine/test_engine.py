@@ -254,6 +254,30 @@ async def test_requests_that_wait_together_are_read_once(
     assert backend.n_rows == 1 + 9
 
 
+async def test_who_waits_is_served_before_the_background(
+    bundle: Bundle, random_episode: Stay
+) -> None:
+    backend = gate(bundle, n_slots=8)
+    async with engine_on(bundle, backend=backend) as engine:
+        first = random_episode(1, 1)
+        held_up = await held(backend, lambda: engine.submit(view_of(first)))
+        done: list[str] = []
+        futures = [held_up]
+        for seed in (2, 3, 4):
+            name = f"background {seed}"
+            future = engine.submit(view_of(random_episode(seed, 30)), background=True)
+            future.add_done_callback(lambda _, name=name: done.append(name))
+            futures.append(future)
+        for name, seed in (("waited for too", 4), ("waited for", 5)):
+            future = engine.submit(view_of(random_episode(seed, 30)))
+            future.add_done_callback(lambda _, name=name: done.append(name))
+            futures.append(future)
+        backend.open.set()
+        await asyncio.gather(*futures)
+    assert set(done[:3]) == {"waited for", "waited for too", "background 4"}
+    assert done[3:] == ["background 2", "background 3"]
+
+
 async def test_what_was_handed_out_does_not_change(bundle: Bundle, stay: Episode) -> None:
     async with engine_on(bundle) as engine:
         before = await engine.submit(view_of(stay))
