@@ -193,7 +193,7 @@ def _etag(
     """Equal tags mean equal bodies: besides log and model it covers what the clock decides."""
     selected = [
         bundle.digest,
-        [bundle.numerics.precision, bundle.numerics.backend],
+        [bundle.numerics.precision, bundle.numerics.backend, bundle.numerics.gate],
         resource,
         str(as_of),
         [[h.hour, h.status, h.withheld] for h in hours],

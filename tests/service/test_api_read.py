@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,21 @@ async def test_polling_costs_nothing_until_something_changes(client: Client) -> 
     assert await poll(etag) == 200
     embeddings = await client.http.get("/episodes/e/embeddings")
     assert embeddings.headers["etag"] != (await client.risk()).headers["etag"]
+
+
+async def test_another_gate_is_another_answer(client: Client) -> None:
+    await three_hours(client)
+    gate = {"limit": 0.01, "stays": 3, "hours": 9, "changes": {}}
+    numerics = [
+        replace(BUNDLE.numerics, precision="bf16", gate=gate | {"stays": n}) for n in (3, 4)
+    ]
+    tags = []
+    for measured in numerics:
+        client.engine.bundle = replace(BUNDLE, numerics=measured)
+        answer = await client.risk()
+        assert answer.json()["provenance"]["numerics"]["gate"] == measured.gate
+        tags.append(answer.headers["etag"])
+    assert tags[0] != tags[1]
 
 
 async def test_repeated_reads_ask_the_engine_once(client: Client) -> None:
