@@ -116,11 +116,9 @@ class _TraceRequests:
         if scope["type"] != "http" or scope["path"].startswith(_NOT_TRACED):
             await self._app(scope, receive, send)
             return
-        carrier = {
-            name.decode("latin-1"): value.decode("latin-1")
-            for name, value in scope["headers"]
-            if name in (b"traceparent", b"tracestate")
-        }
+        # `tracestate` is free text, which every span would carry on.
+        traceparent: bytes = dict(scope["headers"]).get(b"traceparent", b"")
+        carrier = {"traceparent": traceparent.decode("latin-1")}
         span = self._tracer.start_span(
             "request", context=self._propagator.extract(carrier), kind=SpanKind.SERVER
         )

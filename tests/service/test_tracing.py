@@ -71,6 +71,19 @@ async def test_a_request_continues_the_trace_of_its_client(
     assert request.start_time <= commit.start_time <= commit.end_time <= request.end_time
 
 
+async def test_what_a_client_adds_to_its_trace_is_not_carried_on(
+    client: Client, spans: InMemorySpanExporter
+) -> None:
+    traceparent = f"00-{TRACE}-{PARENT}-01"
+    await client.http.get(
+        "/episodes", headers={"traceparent": traceparent, "tracestate": f"vendor={CANARY}"}
+    )
+    [span] = spans.get_finished_spans()
+    assert f"{span.context.trace_id:032x}" == TRACE
+    assert not span.context.trace_state
+    assert CANARY not in span.to_json()
+
+
 async def test_what_a_client_declines_is_not_traced(
     client: Client, spans: InMemorySpanExporter
 ) -> None:
