@@ -52,7 +52,7 @@ class EventLog(ABC):
 
     @abstractmethod
     def available(self) -> bool:
-        """Whether the last write went through, as far as is known without trying another."""
+        """Whether the last write went through, or a trial that followed it."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -32,6 +32,9 @@ MAX_GROUP = 256
 
 _BUSY_MS = 5_000
 
+# How often a log that could not be written is tried again while nobody writes.
+_TRY_AGAIN_S = 5.0
+
 _SCHEMA = """
 CREATE TABLE log (
     episode_id   TEXT    NOT NULL,
@@ -172,7 +175,7 @@ class SqliteLog(EventLog):
 
     def _write_loop(self) -> None:
         try:
-            while (first := self._queue.get()) is not None:
+            while (first := self._next()) is not None:
                 group = [first]
                 try:
                     closing = self._fill(group)
@@ -188,6 +191,21 @@ class SqliteLog(EventLog):
             while not self._queue.empty():
                 late.append(self._queue.get_nowait())
             _deliver([append for append in late if append is not None])
+
+    def _next(self) -> _Append | None:
+        """Wait for something to write; meanwhile find out when an unavailable log is well again."""
+        while not self._available:
+            try:
+                return self._queue.get(timeout=_TRY_AGAIN_S)
+            except queue.Empty:
+                self._try_again()
+        return self._queue.get()
+
+    def _try_again(self) -> None:
+        """Write what is there already: the disk and the lock are needed, the log stays as it is."""
+        with contextlib.suppress(apsw.Error, OSError, MemoryError):
+            self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self._available = True
 
     def _fill(self, group: list[_Append]) -> bool:
         """Add what already waits to a group; True if the log is to close after it."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -187,6 +188,33 @@ async def test_nothing_is_acknowledged_when_the_disk_fails(log_path: Path) -> No
     log._writer.set_commit_hook(None)
     assert (await log.append("e", [note("a")], T0, 1))[0].seq == 2
     assert log.available()
+    await log.close()
+
+
+async def test_a_log_that_is_well_again_says_so_without_a_write(
+    log_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_TRY_AGAIN_S", 0.001)
+    log = SqliteLog(log_path)
+    commits, full = threading.Semaphore(0), threading.Event()
+    full.set()
+
+    def refuse() -> bool:
+        commits.release()
+        return full.is_set()
+
+    log._writer.set_commit_hook(refuse)
+    with pytest.raises(LogUnavailable):
+        await log.append("e", [ADMISSION], T0, 0)
+    for _ in range(3):  # it is tried, and goes on failing
+        assert await asyncio.to_thread(commits.acquire, timeout=60)
+    assert not log.available()
+    full.clear()
+    async with asyncio.timeout(60):
+        while not log.available():  # noqa: ASYNC110 - it happens on another thread
+            await asyncio.sleep(0.001)
+    assert await log.entries("e") == []
+    assert (await log.append("e", [ADMISSION], T0, 0))[0].seq == 1
     await log.close()
 
 
