@@ -86,12 +86,14 @@ def _run(settings: Settings, beside: Callable[[Server], None] | None = None) -> 
     server = Server(build_app(settings, on_fatal), settings, fatal)
     if beside is not None:
         beside(server)
-    server.run()
+    try:
+        server.run()  # ends by the signal's own handler if it was told to stop
+    finally:
+        if server.failed:
+            # What touches a broken device may hang, the end of the interpreter included.
+            os._exit(FATAL_STATUS)
     if not server.started:
         raise OSError(f"the service could not start on {settings.host}:{settings.port}")
-    if server.failed:
-        # What touches a broken device may hang, the end of the interpreter included.
-        os._exit(FATAL_STATUS)
 
 
 class _Replay:

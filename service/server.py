@@ -27,6 +27,9 @@ _logger = logging.getLogger(__name__)
 # A connection that was accepted just before the door closed has this long to bring its request.
 _SETTLE_S = 0.1
 
+# How long the last line may take to be written.
+_SAY_S = 1.0
+
 # The share of the time for running requests; the rest is for the engine and the log.
 _REQUESTS = 0.75
 
@@ -89,5 +92,8 @@ class Server(uvicorn.Server):
         limit.start()
 
     def _give_up(self) -> None:
-        _logger.critical("the service did not stop in time")
+        message = "the service did not stop in time"
+        saying = threading.Thread(target=_logger.critical, args=(message,), daemon=True)
+        saying.start()
+        saying.join(_SAY_S)  # nobody may read what we write to
         os._exit(FATAL_STATUS if self.failed else TIMEOUT_STATUS)
