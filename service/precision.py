@@ -32,6 +32,10 @@ _ROWS = 32
 _Rows = NDArray[np.float32]
 
 
+class NotGated(ValueError):
+    """Nothing says that a reduced precision may answer with this bundle."""
+
+
 class Change(BaseModel):
     """Absolute change of the answers of a task over all stays, hours and outputs."""
 
@@ -108,7 +112,7 @@ def read_gate(path: Path) -> Gate:
 def numerics(bundle: Bundle, settings: Settings) -> Numerics:
     """How this bundle will be computed.
 
-    Raises ValueError, OSError where a reduced precision was not let through for this very bundle.
+    Raises ValueError; NotGated where a reduced precision was not let through for this very bundle.
     """
     precision = settings.precision
     if precision == "fp32":
@@ -116,22 +120,38 @@ def numerics(bundle: Bundle, settings: Settings) -> Numerics:
     if settings.backend != "torch-cpu":
         raise ValueError(f"LLM4EHR_PRECISION={precision} needs LLM4EHR_BACKEND=torch-cpu")
     if settings.precision_gate is None:
-        raise ValueError(
+        raise NotGated(
             f"LLM4EHR_PRECISION={precision} needs LLM4EHR_PRECISION_GATE: measure what it changes "
             f"with `python -m service gate --precision {precision}`"
         )
-    gate = read_gate(settings.precision_gate)
-    if (gate.digest, gate.precision) != (bundle.digest, precision):
-        raise ValueError(
-            f"{settings.precision_gate} was measured on {gate.bundle} in {gate.precision}, not on "
+    gates = _gates(settings.precision_gate)
+    gate = next((g for g in gates if (g.digest, g.precision) == (bundle.digest, precision)), None)
+    if gate is None:
+        measured = ", ".join(f"{g.bundle} in {g.precision}" for g in gates) or "nothing"
+        raise NotGated(
+            f"LLM4EHR_PRECISION_GATE was measured on {measured}, not on "
             f"this {bundle.name}/{bundle.version} in {precision}"
         )
     if not gate.passed:
-        raise ValueError(
-            f"{settings.precision_gate}: {precision} changes answers by more than {gate.limit}"
+        raise NotGated(
+            f"LLM4EHR_PRECISION_GATE: {precision} changes answers of {gate.bundle} by more than "
+            f"{gate.limit}"
         )
     figures = gate.model_dump(include={"limit", "stays", "hours", "changes"})
     return Numerics(precision=precision, backend=settings.backend, gate=figures)
+
+
+def _gates(path: Path) -> list[Gate]:
+    """Of a file, or of all files of a folder. Raises NotGated, in words that name no folder."""
+    gates = []
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        try:
+            gates.append(read_gate(file))
+        except OSError as error:
+            raise NotGated(f"LLM4EHR_PRECISION_GATE: {file.name}: {error.strerror}") from error
+        except ValueError as error:
+            raise NotGated(f"LLM4EHR_PRECISION_GATE: {file.name} is no gate") from error
+    return gates
 
 
 def _change(task: Task, apart: NDArray[np.float64]) -> Change:

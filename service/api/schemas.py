@@ -362,7 +362,14 @@ class PutShadow(_Request):
 
 
 class FailureOut(_Answer):
-    type: Literal["bundle-invalid", "not-streamable", "backend-failed", "engine-stopped"]
+    type: Literal[
+        "bundle-invalid",
+        "not-streamable",
+        "not-gated",
+        "backend-failed",
+        "model-fault",
+        "engine-stopped",
+    ]
     detail: str
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 from llm4ehr.bundle import BundleError, bundle_versions, load_bundle
 from service.engine.backends.base import DeviceFault, RowDependenceError
 from service.engine.backends.factory import make_backend
+from service.engine.backends.verify import NotFinite
 from service.engine.engine import OnlineEngine
 from service.engine.metrics import EngineMetrics
 from service.engine.turns import Turns
 from service.models.version import LoadError, Model, Name
-from service.precision import numerics
+from service.precision import NotGated, numerics
 from service.settings import Settings
 from service.tracing import OFF, Tracing
 
@@ -33,18 +37,20 @@ class Bundles:
         self._turns = Turns()
 
     def on_disk(self) -> list[Name]:
-        """All versions with a manifest."""
+        """All versions whose manifest names them: a folder for other servers may hold others."""
         repository = self._settings.model_repository
-        names = sorted(folder.name for folder in repository.iterdir() if folder.is_dir())
-        return [
-            Name(name, version) for name in names for version in bundle_versions(repository, name)
-        ]
+        try:
+            names = sorted(folder.name for folder in repository.iterdir() if folder.is_dir())
+            found = [Name(n, version) for n in names for version in bundle_versions(repository, n)]
+        except OSError:  # the repository is gone; what is loaded answers all the same
+            return []
+        return [name for name in found if _is_named(repository, name)]
 
     def open(self, name: Name) -> Model:
         """Verify a bundle and make its engine, not started.
 
-        Raises BundleError, RowDependenceError, and ValueError for a network or a backend that does
-        not do.
+        Raises BundleError, RowDependenceError, and ValueError (NotOnline, NotGated, NotFinite) for
+        a network or a backend that does not do.
         """
         bundle = load_bundle(self._settings.model_repository, *name)
         if (reason := bundle.network.not_online) is not None:
@@ -95,8 +101,24 @@ class Bundles:
             raise LoadError("bundle-invalid", str(error).replace(root, "")) from error
         except NotOnline as error:
             raise LoadError("not-streamable", str(error)) from error
+        except NotGated as error:
+            raise LoadError("not-gated", str(error)) from error
+        except NotFinite as error:
+            raise LoadError("model-fault", str(error)) from error
         except (RowDependenceError, ValueError) as error:
             raise LoadError("backend-failed", str(error)) from error
+
+
+def _is_named(repository: Path, name: Name) -> bool:
+    """Whether a client can ask for it, and the manifest is made for that very name."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name.name) or not 0 < name.version < 10**9:
+        return False
+    try:
+        text = (repository / name.name / str(name.version) / "manifest.json").read_text()
+        manifest = json.loads(text)
+    except (OSError, ValueError):
+        return True  # damaged: loading it says how
+    return not isinstance(manifest, dict) or manifest.get("name", name.name) == name.name
 
 
 class NotOnline(ValueError):

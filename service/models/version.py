@@ -17,7 +17,14 @@ Condition = Literal["available", "loading", "rebuilding", "ready", "active", "un
 """On disk only; being read and verified; its open stays being scored; scores all of them, may be
 activated; answers; finishes what it began; cannot be used, see its failure."""
 
-FailureType = Literal["bundle-invalid", "not-streamable", "backend-failed", "engine-stopped"]
+FailureType = Literal[
+    "bundle-invalid",
+    "not-streamable",
+    "not-gated",
+    "backend-failed",
+    "model-fault",
+    "engine-stopped",
+]
 
 
 class Name(NamedTuple):

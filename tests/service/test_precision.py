@@ -23,7 +23,7 @@ from service.__main__ import main
 from service.engine.backends.linear import PackedLinear, pack_linears
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.engine.backends.verify import agreeing_sizes
-from service.precision import Gate, measure, numerics, read_gate
+from service.precision import Gate, NotGated, measure, numerics, read_gate
 from service.runtime import build_app
 from service.settings import Settings
 from tests.backends import NETWORKS, STEPS, Stay, computed, features_of, same_bits, tuned
@@ -217,7 +217,7 @@ def test_it_answers_with_what_was_measured(
 def test_without_a_gate_it_does_not_start(repository: Path) -> None:
     with pytest.raises(ValueError, match="needs LLM4EHR_PRECISION_GATE"):
         build_app(settings_of(repository, precision="bf16"))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(NotGated, match="none: No such file"):
         build_app(settings_of(repository, precision="bf16", precision_gate=repository / "none"))
 
 
@@ -226,7 +226,7 @@ def test_a_gate_that_did_not_pass_is_none(
 ) -> None:
     file = run_gate(repository, store_2012, "--limit", "1e-9")
     assert "NOT passed" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="changes answers by more than 1e-09"):
+    with pytest.raises(NotGated, match="changes answers of tiny/1 by more than 1e-09"):
         build_app(settings_of(repository, precision="bf16", precision_gate=file))
 
 
@@ -241,8 +241,35 @@ def test_the_gate_of_another_bundle_is_none(
     )  # fmt: skip
     settings = settings_of(repository, precision="bf16", precision_gate=file)
     assert numerics(load_bundle(repository, "tiny", 1), settings).gate is not None
-    with pytest.raises(ValueError, match="measured on tiny/1"):
+    with pytest.raises(NotGated, match="measured on tiny/1"):
         numerics(load_bundle(repository, "tiny", 2), settings)
+
+
+def test_a_folder_of_gates_serves_several_versions(
+    repository: Path, tiny_network: Make, tmp_path: Path
+) -> None:
+    save_bundle(
+        repository, "tiny", 2, tiny_network(seed=1, heads=HEADS),
+        calibration=CALIBRATION, labels=LABELS, metrics={}, card="# Tiny\n",
+    )  # fmt: skip
+    bundles = [load_bundle(repository, "tiny", version) for version in (1, 2)]
+    folder = tmp_path / "gates"
+    folder.mkdir()
+    settings = settings_of(repository, precision="bf16", precision_gate=folder)
+    with pytest.raises(NotGated, match="measured on nothing"):
+        numerics(bundles[0], settings)
+    for stays, bundle in enumerate(bundles):
+        gate = Gate(
+            bundle=f"tiny/{bundle.version}", digest=bundle.digest, precision="bf16", limit=0.1,
+            stays=stays, hours=9, changes={}, passed=True,
+        )  # fmt: skip
+        (folder / f"{bundle.version}.json").write_text(gate.model_dump_json())
+    said = [numerics(bundle, settings).gate for bundle in bundles]
+    assert [gate and gate["stays"] for gate in said] == [0, 1]
+    (folder / "3.json").write_text("{}")
+    with pytest.raises(NotGated) as caught:
+        numerics(bundles[0], settings)
+    assert str(caught.value) == "LLM4EHR_PRECISION_GATE: 3.json is no gate"
 
 
 def test_only_the_torch_backend_on_the_cpu_reduces(repository: Path) -> None:

@@ -22,6 +22,10 @@ _ALONE = 6
 _CHAIN = 5
 
 
+class NotFinite(ValueError):
+    """The weights of the network are not fit to answer with."""
+
+
 class Sizable(Backend, Protocol):
     """A backend that can be told how many rows to fill its ticks up to."""
 
@@ -32,9 +36,9 @@ def agreeing_sizes(backend: Sizable, network: Network, max_rows: int) -> tuple[i
     """Those of `candidate_sizes(max_rows)` in which every row has the bits of the largest.
 
     Rows of as many stays as there are slots for (at most 40), in company and alone, in several
-    places and slots, at short and long positions, hours and event tokens. Overwrites slots: call
-    before they are used. Leaves `tick_sizes` at the largest. Raises RowDependenceError if not even
-    that one gives the same bits again.
+    slots, and one in every place, at short and long positions, hours and event tokens. Overwrites
+    slots: call before they are used. Leaves `tick_sizes` at the largest. Raises RowDependenceError if not even
+    that one gives the same bits again, NotFinite if a number that comes out is none.
     """
     *smaller, largest = candidate_sizes(max_rows)
     n_stays = min(backend.n_slots, _STAYS)
@@ -43,6 +47,8 @@ def agreeing_sizes(backend: Sizable, network: Network, max_rows: int) -> tuple[i
         for rows in _kinds_of_rows(backend, network, n_stays):
             backend.tick_sizes = (largest,)
             expected = _together(rows, largest)
+            if not np.isfinite(expected).all():
+                raise NotFinite("the model gives numbers that are not finite")
             if not _agrees(rows, largest, expected, backend.chained):
                 raise RowDependenceError(
                     "on this machine a row's result depends on the rows beside it; "
@@ -132,6 +138,8 @@ def _agrees(rows: _Rows, size: int, expected: NDArray[np.float32], chained: bool
         here = sorted(stay for part in parts for stay in part)
         if got[here].tobytes() != expected[here].tobytes():
             return False
+    if not _places_agree(rows, size, expected):
+        return False
     return not chained or _chains_agree(rows, size, expected)
 
 
@@ -147,6 +155,15 @@ def _computed(
             out[list(stays), k] = got
     assert out is not None
     return out
+
+
+def _places_agree(rows: _Rows, size: int, expected: NDArray[np.float32]) -> bool:
+    """Whether a row comes out the same in every place of a tick: all of its rows are this one."""
+    for k, position in enumerate(rows.positions):
+        got = rows.compute([0] * size, [position] * size, [0] * size)
+        if (got.view(np.int32) != expected[0, k].view(np.int32)).any():
+            return False
+    return True
 
 
 def _chains_agree(rows: _Rows, size: int, expected: NDArray[np.float32]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any
 
 import httpx
 
-from llm4ehr.bundle import Bundle, load_bundle
+from llm4ehr.bundle import Bundle, Network, load_bundle, save_bundle
 from service.core import entries_as_of, episode_at
 from service.projection import model_episode
 from service.runtime import build_app
 from service.settings import Settings
 from service.times import format_time
-from tests.online import ROWS, Answers, Replica
+from tests.online import ROWS, Answers, Replica, tiny_bundle
 
 PATIENCE_S = 120
 
@@ -112,6 +112,17 @@ class House:
                 assert hour["remaining_los_hours"] == score.remaining_los_hours
                 assert hour["phenotypes"] == score.phenotypes
         return version
+
+
+def save_broken(make_network: Callable[..., Network], repository: Path, version: int) -> None:
+    """A bundle whose weights are no numbers."""
+    bundle = tiny_bundle(make_network)
+    for parameter in bundle.network.model.parameters():
+        parameter.data.fill_(float("nan"))
+    save_bundle(
+        repository, "tiny", version, bundle.network, calibration=bundle.calibration,
+        labels=bundle.labels, metrics={}, card="# Broken\n",
+    )  # fmt: skip
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +11,18 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llm4ehr.bundle import Bundle
+from llm4ehr.bundle import Bundle, Network
 from llm4ehr.episode import Episode
 from service.core import EngineStopped
 from service.engine.backends.base import DeviceFault, RowDependenceError
+from service.engine.backends.factory import make_backend
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.engine.metrics import EngineMetrics
 from service.models.bundles import Bundles
 from service.models.version import LoadError, Model, Name
 from service.settings import Settings
 from tests.online import ROWS, Gate, view_of
+from tests.service.models.house import save_broken
 
 pytestmark = pytest.mark.anyio
 
@@ -134,6 +137,47 @@ def test_why_a_backend_cannot_be_made(
         pair.bundles.load(Name("tiny", 9))
     assert caught.value.type == "bundle-invalid"
     assert str(caught.value).startswith("tiny/9/")
+    for model in pair.models:
+        model.close()
+
+
+def test_weights_that_are_none_are_refused(
+    pair: Pair,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_network: Callable[..., Network],
+) -> None:
+    monkeypatch.setattr("service.models.bundles.make_backend", make_backend)
+    save_broken(tiny_network, tmp_path, 1)
+    bundles = Bundles(
+        Settings(model_repository=tmp_path, kv_memory_mib=1, engine_rows=ROWS),
+        EngineMetrics(CollectorRegistry(), "tiny/1"),
+        pair.fatal.append,
+    )
+    with pytest.raises(LoadError, match="not finite") as caught:
+        bundles.load(Name("tiny", 1))
+    assert caught.value.type == "model-fault"
+    for model in pair.models:
+        model.close()
+
+
+def test_only_what_its_manifest_names_is_on_disk(
+    pair: Pair, repository: Path, tmp_path: Path
+) -> None:
+    def on_disk(folder: Path) -> list[Name]:
+        settings = Settings(model_repository=folder)
+        metrics = EngineMetrics(CollectorRegistry(), "tiny/1")
+        return Bundles(settings, metrics, pair.fatal.append).on_disk()
+
+    shutil.copytree(repository / "tiny" / "1", tmp_path / "tiny" / "1")
+    for other in ("tiny_step/1", "tiny/0", "a b/1", "broken/7"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).symlink_to(tmp_path / "tiny" / "1")
+    (tmp_path / "broken" / "7").unlink()
+    (tmp_path / "broken" / "7").mkdir()
+    (tmp_path / "broken" / "7" / "manifest.json").write_text("{")
+    assert on_disk(tmp_path) == [Name("broken", 7), Name("tiny", 1)]
+    assert on_disk(tmp_path / "gone") == []
     for model in pair.models:
         model.close()
 
