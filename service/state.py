@@ -152,7 +152,7 @@ class Summary:
     """When the head hour stops being preliminary; None without one."""
     amended: bool
     latest: HourScore | None = None
-    """Score of the head hour as of `scored_seq`; None until one was computed."""
+    """Score of the head hour as of `scored_seq`; None while none was computed for that hour."""
     scored_seq: int | None = None
 
     def status(self, now: datetime) -> HourStatus:
@@ -172,7 +172,8 @@ def summarise(
         head = scored.view.head_hour
         latest = scored.scores.hours[head] if head >= 0 else None
         scored_seq = scored.scores.seq
-    if view.head_hour < 0:
+    # A score of an earlier hour says nothing of this one.
+    if latest is not None and latest.hour != view.head_hour:
         latest = None
     stands_at = view.hour_end(view.head_hour) + lateness if view.head_hour >= 0 else None
     return Summary(

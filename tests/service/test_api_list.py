@@ -164,6 +164,23 @@ async def test_a_score_of_withdrawn_data_does_not_come_back_with_new_data(client
     assert (row["risk"], row["score_withheld"]) == (None, {"reason": "not-computed"})
 
 
+async def test_the_score_of_an_earlier_hour_is_not_shown_for_the_newest(client: Client) -> None:
+    await client.post(admitted_at=stamp(0), observations=[hr(60)])
+    await client.settle()
+    client.clock.to(3)
+    client.engine.held = True
+    await client.post(observations=[hr(90, hours=2.5)])
+
+    async def row() -> tuple[Any, ...]:
+        [row] = (await client.http.get("/episodes")).json()["episodes"]
+        return row["hour"], row["scored_seq"], row["remaining_los_hours"], row["score_withheld"]
+
+    assert await row() == (2, None, None, {"reason": "not-computed"})
+    client.engine.release()
+    await client.settle()
+    assert await row() == (2, 3, 98.0, None)
+
+
 async def test_a_stay_deleted_while_it_is_scored_stays_gone(client: Client) -> None:
     client.engine.held = True
     await client.post(admitted_at=stamp(0), observations=[hr()])
