@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
 from llm4ehr import __version__
@@ -154,15 +154,17 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         process=deps.process,
         window=window,
     )
-    resources = (observations, risk, embeddings, episodes, models, operator, oip)
-    routers = [module.router for module in resources]
-    for router in routers:
+    limit = settings.max_in_flight_per_client
+    limited = [] if limit is None else [Depends(LimitClients(limit))]
+    of_episodes = [module.router for module in (observations, risk, embeddings, episodes)]
+    others = [module.router for module in (models, operator, oip)]
+    for router in of_episodes:
+        app.include_router(router, dependencies=limited)
+    for router in others:
         app.include_router(router)
     app.add_api_route("/metrics", metrics.render, include_in_schema=False)
-    if (limit := settings.max_in_flight_per_client) is not None:
-        app.add_middleware(LimitClients, limit=limit, metrics=metrics)
     deps.tracing.install(app)
     app.add_middleware(Observe, metrics=metrics, lifecycle=lifecycle)
     problems.install(app, metrics.refused)
-    openapi.install(app, routers)
+    openapi.install(app, of_episodes + others)
     return app

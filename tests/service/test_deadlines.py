@@ -135,7 +135,9 @@ async def test_a_client_that_leaves_frees_its_place(log_path: Path, anyio_backen
             assert (await http.get(RISK)).status_code == 200
         assert await refusals(client) == {"too-many-requests": 1}
         metrics = (await client.http.get("/metrics")).text
-        assert 'route="/episodes/{episode_id}/risk",status="499"' in metrics
+        for status in (429, 499):
+            assert f'route="/episodes/{{episode_id}}/risk",status="{status}"' in metrics
+        assert "unmatched" not in metrics
 
 
 class SlowLog(SqliteLog):
