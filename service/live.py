@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from weakref import ref
 
 from service.catch_up import CatchUp, Load
-from service.core import Engine, EngineStopped, EpisodeView, Overloaded, Scores
+from service.core import Engine, EngineStopped, EpisodeView, ModelFault, Overloaded, Scores
+from service.decisions import DeletedEpisode
 from service.log.base import EventLog
 from service.settings import Settings
 from service.state import EpisodeState, Scored, Summary, summarise
@@ -61,6 +62,8 @@ class LiveScores:
         self.leads = leads
         self.on_scored: Callable[[Scored], None] = lambda scored: None
         """Called with the first scores of every new entry."""
+        self.on_fault: Callable[[EpisodeView], None] = lambda view: None
+        """Called when the model gave a number that is not finite."""
         self._digest = engine.bundle.digest
         self._enabled = settings.scoring_enabled
         self._lateness = settings.allowed_lateness
@@ -69,9 +72,11 @@ class LiveScores:
         self.catch_up = CatchUp(self, load, log, settings.engine_rows)
         self._on_published = on_published
         self._submissions: dict[str, _Submission] = {}
+        self._not_taken: dict[str, float] = {}  # when the oldest write was that was left behind
         self._summaries: dict[str, Summary] = {}
         self._kept: OrderedDict[str, ref[EpisodeState]] = OrderedDict()  # scored last comes last
         self._stopped = False
+        self._failing: str | None = None
 
     def start(self, after: LiveScores | None = None) -> None:
         """Begin to score the open stays that are in the log, newest activity first.
@@ -126,10 +131,14 @@ class LiveScores:
         view = state.view
         if view.deleted:
             self._submissions.pop(view.episode_id, None)
+            self._not_taken.pop(view.episode_id, None)
             self.engine.forget(view.episode_id)
         elif self._enabled and view.head_hour >= 0:
-            if self.leads and self._offer(state, written=time.perf_counter()):
-                return
+            if self.leads:
+                written = time.perf_counter()
+                if self._offer(state, written):
+                    return
+                self._not_taken.setdefault(view.episode_id, written)
             self.catch_up.leave_behind(view.episode_id)
 
     def again(self, state: EpisodeState) -> None:
@@ -143,36 +152,41 @@ class LiveScores:
     async def newest(self, state: EpisodeState, n_hours: int) -> Scored:
         """Scores of the state's last entry or a later one, for at least `n_hours` hours.
 
-        Raises Overloaded, LogUnavailable, and whatever the engine fails with.
+        Raises DeletedEpisode, Overloaded, LogUnavailable, and whatever the engine fails with.
         """
         seq = state.seq
         for _ in range(_MAX_TRIES):
+            if state.view.deleted:
+                raise DeletedEpisode
             scored = self.kept(state)
             if scored and scored.view.seq >= seq and len(scored.scores.hours) >= n_hours:
                 return scored
             pending = self._submissions.get(state.episode_id)
-            if (
-                pending is None
-                or pending.background
-                or pending.view.seq < state.seq
-                or pending.n_hours < n_hours
-            ):
-                pending = self._submit(state, n_hours)
+            enough = (
+                pending is not None and pending.view.seq >= state.seq and pending.n_hours >= n_hours
+            )
+            if pending is None or not enough or pending.background:
+                try:
+                    # Also what is under way for nobody: now somebody waits for it.
+                    pending = self._submit(state, n_hours)
+                except Overloaded:
+                    if pending is None or not enough:
+                        raise
             await asyncio.wait([pending.future])
             if not pending.future.cancelled():
-                scores = self._result(pending, state)
+                scores = self._result(pending)
                 if scores is not None and scores.seq == pending.view.seq:
                     return Scored(view=pending.view, scores=scores)
             # Overtaken by a newer entry: its scores will do as well.
             state = await self._load(state.episode_id) or state
         raise Overloaded
 
-    def _result(self, pending: _Submission, state: EpisodeState) -> Scores | None:
-        """The scores; None if the stay was forgotten to be computed anew. Raises as the engine."""
+    def _result(self, pending: _Submission) -> Scores | None:
+        """The scores; None if the stay was forgotten meanwhile. Raises as the engine."""
         try:
             return pending.future.result()
         except EngineStopped:
-            if not self.engine.alive() or state.view.deleted:
+            if not self.engine.alive():
                 raise
             return None
 
@@ -184,10 +198,10 @@ class LiveScores:
         return Scored(view=view, scores=await self.engine.submit_as_of(view, n_hours))
 
     def lacks(self, state: EpisodeState) -> bool:
-        """Whether an episode is open and has not the scores of its last entry."""
+        """Whether an episode can be scored and has not the scores of its last entry."""
         view, kept = state.view, self.kept(state)
-        open_ = not view.deleted and view.discharged_at is None and view.head_hour >= 0
-        return self._enabled and open_ and (kept is None or kept.view.seq != view.seq)
+        able = self._enabled and not view.deleted and view.head_hour >= 0
+        return able and (kept is None or kept.view.seq != view.seq)
 
     def ask(self, state: EpisodeState) -> asyncio.Future[Scores] | bool:
         """Submit it, unless it is under way; False if the engine has no room now, True if it takes
@@ -209,7 +223,7 @@ class LiveScores:
             return False
         except Exception as error:
             # A dead engine shows in its health; a reader will meet the same error.
-            _logger.error("the engine takes nothing: %s", type(error).__name__)
+            self._report("the engine takes nothing", error)
             return True
 
     def _submit(
@@ -222,10 +236,11 @@ class LiveScores:
     ) -> _Submission:
         view = state.view
         n_hours = max(n_hours, view.head_hour + 1)
-        overtaken = self._submissions.get(view.episode_id)
-        if overtaken is not None and overtaken.written is not None:
-            written = overtaken.written
         future = self.engine.submit(view, n_hours, background=background)
+        overtaken = self._submissions.get(view.episode_id)
+        before = None if overtaken is None else overtaken.written
+        not_taken = self._not_taken.pop(view.episode_id, None)
+        written = min((t for t in (written, before, not_taken) if t is not None), default=None)
         submission = _Submission(view, n_hours, future, written, background)
         self._submissions[view.episode_id] = submission
         submission.future.add_done_callback(lambda _: self._scored(state, submission))
@@ -239,12 +254,16 @@ class LiveScores:
         if future.cancelled():
             return
         if (error := future.exception()) is not None:
-            if not self._stopped:
-                _logger.error("scoring failed: %s", type(error).__name__)
+            forgotten = isinstance(error, EngineStopped) and self.engine.alive()
+            if not self._stopped and not forgotten:
+                self._report("scoring failed", error)
+                if isinstance(error, ModelFault):
+                    self.on_fault(view)
             return
         scores = future.result()
         if self._stopped or scores.seq != view.seq:  # overtaken: the newer one brings its own
             return
+        self._failing = None
         kept = self.kept(state)
         if kept is not None and (scores.seq, len(scores.hours)) < (
             kept.scores.seq,
@@ -252,12 +271,23 @@ class LiveScores:
         ):
             return
         scored = self._keep(state, Scored(view=view, scores=scores))
+        # What is kept may have left the memory since the first scores of this entry.
+        summary = self._summaries.get(view.episode_id)
+        first = summary is not None and (summary.scored_seq or 0) < scores.seq
         if view.episode_id in self._summaries:  # not deleted meanwhile
             self.note(state)
         if submission.written is not None:
             self._on_published(time.perf_counter() - submission.written)
-        if kept is None or kept.scores.seq < scores.seq:
+        if first:
             self.on_scored(scored)
+
+    def _report(self, what: str, error: BaseException) -> None:
+        """The first of equal failures in a row is logged; metrics count all."""
+        kind = type(error).__name__
+        if self._failing != kind:
+            self._failing = kind
+            bundle = self.engine.bundle
+            _logger.error("%s: %s, model %s/%s", what, kind, bundle.name, bundle.version)
 
     def _keep(self, state: EpisodeState, scored: Scored) -> Scored:
         state.scored[self._digest] = scored

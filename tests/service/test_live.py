@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.core import Draft
+from service.core import Draft, EngineStopped, Overloaded
 from service.live import LiveScores
 from service.log import SqliteLog
 from service.memory import Memory
@@ -156,11 +156,71 @@ async def test_what_came_too_fast_is_caught_up_with(log_path: Path) -> None:
         rows = (await client.http.get("/episodes")).json()["episodes"]
         assert {row["scored_seq"] for row in rows} == {2}
         text = (await client.http.get("/metrics")).text
-        assert "llm4ehr_score_published_seconds_count 0.0" in text
+        assert "llm4ehr_score_published_seconds_count 6.0" in text  # the longest waits of all
         await client.post("e0", observations=[hr(90, hours=0.6)])
         await client.settle()
         text = (await client.http.get("/metrics")).text
-        assert "llm4ehr_score_published_seconds_count 1.0" in text
+        assert "llm4ehr_score_published_seconds_count 7.0" in text
+
+
+async def test_a_write_counts_from_the_oldest_that_has_no_scores(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("service.live.time.perf_counter", lambda: now)
+    state = await ward.memory.load("s0")
+    assert state is not None
+    ward.engine.full = True
+    ward.live.changed(state)
+    now = 105.0
+    ward.live.changed(state)
+    now, ward.engine.full = 107.0, False
+    ward.live.changed(state)
+    now = 110.0
+    ward.engine.release()
+    await settle()
+    assert ward.published == [10.0]
+    ward.live.changed(state)
+    now = 111.0
+    ward.engine.release()
+    await settle()
+    assert ward.published == [10.0, 1.0]
+
+
+async def test_a_reader_waits_for_what_a_full_engine_has_under_way(ward: Ward) -> None:
+    state = await ward.memory.load("s7")
+    assert state is not None
+    ward.engine.full = True
+    with pytest.raises(Overloaded):
+        await ward.live.newest(state, state.view.head_hour + 2)  # not under way
+    reader = asyncio.create_task(ward.live.newest(state, 1))
+    await settle()
+    assert not reader.done()
+    ward.engine.release()
+    assert (await asyncio.wait_for(reader, 60)).view.seq == state.seq
+
+
+async def test_a_reader_of_a_stay_that_is_deleted_meanwhile_is_told_so(
+    log_path: Path, caplog: pytest.LogCaptureFixture, anyio_backend: str
+) -> None:
+    class Forgetting(FakeEngine):
+        """Fails what waits for a stay that is forgotten, as the engine does."""
+
+        def forget(self, episode_id: str) -> None:
+            super().forget(episode_id)
+            for _, _, future in [w for w in self.waiting if w[0].episode_id == episode_id]:
+                future.set_exception(EngineStopped("the episode was dropped"))
+
+    async with running(log_path, engine=Forgetting()) as client:
+        client.engine.held = True
+        await client.post(admitted_at=stamp(0), observations=[hr()])
+        reader = asyncio.create_task(client.risk())
+        await client.settle()
+        assert (await client.http.delete("/episodes/e")).status_code == 204
+        answer = await asyncio.wait_for(reader, 60)
+        assert answer.status_code == 410
+        assert answer.json()["type"] == "/problems/episode-deleted"
+        assert not [r for r in caplog.records if r.name.startswith("service")]
 
 
 async def test_the_scores_that_are_kept_are_bounded(
