@@ -10,9 +10,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from types import NoneType
 from typing import Protocol
 
-from service.core import Scores
+from service.core import EngineStopped, Scores
 from service.log.base import EventLog, LogUnavailable
 from service.state import EpisodeState
 
@@ -39,7 +40,7 @@ class Asks(Protocol):
         ...
 
     def lacks(self, state: EpisodeState) -> bool:
-        """Whether an episode is open and has not the scores of its last entry."""
+        """Whether an episode can be scored and has not the scores of its last entry."""
         ...
 
     def ask(self, state: EpisodeState) -> asyncio.Future[Scores] | bool:
@@ -64,9 +65,12 @@ class CatchUp:
         self.seen = asyncio.Event()
         """Set once every episode in the log has been seen."""
         self.warm = asyncio.Event()
-        """Set once every stay that was open at the start has its scores."""
+        """Set once every stay that was open at the start has its scores, and so have those written
+        to meanwhile, but for the last moments."""
         self.to_score, self.n_scored = 0, 0
         """Stays to look at after the start, and those that are done."""
+        self.n_failed, self.n_unread = 0, 0
+        """How often a stay could not be scored since the start, and how often not be read."""
 
     def start(self, take_over: Callable[[], Awaitable[list[str]]] | None) -> None:
         """Begin with what is in the log, or with the open stays that `take_over` gives."""
@@ -76,6 +80,26 @@ class CatchUp:
     def cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+
+    @property
+    def n_behind(self) -> int:
+        """Stays that were written to and wait to be scored."""
+        return len(self._behind)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was started and runs no more, for whatever reason."""
+        return self._task is not None and self._task.done()
+
+    async def finished(self) -> bool:
+        """Wait until it is warm, or has ended; whether it is warm."""
+        assert self._task is not None
+        warm = asyncio.create_task(self.warm.wait())
+        try:
+            await asyncio.wait([warm, self._task], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            warm.cancel()
+        return self.warm.is_set()
 
     async def stop(self) -> None:
         """Cancel, and wait until nothing of it runs."""
@@ -97,6 +121,8 @@ class CatchUp:
             self.to_score = len(episode_ids)
             self.seen.set()
             await self._score(iter(episode_ids), self._count)
+        # Those that were written to meanwhile.
+        await self._score(self._oldest_behind(), lambda: None)
         if self._in_flight:
             await asyncio.wait(self._in_flight)
         self.warm.set()
@@ -125,7 +151,7 @@ class CatchUp:
         open_: deque[str] = deque()
         for episode_id in episode_ids:
             state = await self._see(episode_id)
-            if state is not None and self._asks.lacks(state):
+            if state is not None and state.view.discharged_at is None:
                 open_.append(episode_id)
             else:
                 self._count()
@@ -154,32 +180,46 @@ class CatchUp:
             await self._revisit(episode_id, done)
 
     async def _see(self, episode_id: str) -> EpisodeState | None:
+        """Take notice of a stay; returns it if it has not the scores of its last entry.
+
+        One that cannot be read is counted, and holds no other up.
+        """
         while True:
             try:
                 state = await self._load(episode_id, evict=False)
+                if state is None:
+                    return None
+                self._asks.note(state)
+                return state if self._asks.lacks(state) else None
             except LogUnavailable:
                 await asyncio.sleep(_LOG_PAUSE_S)
-                continue
-            if state is not None:
-                self._asks.note(state)
-            return state
+            except Exception as error:
+                _logger.error("a stay cannot be caught up with: %s", type(error).__name__)
+                self.n_unread += 1
+                return None
 
     async def _revisit(self, episode_id: str, done: Callable[[], None]) -> None:
         """Have a stay scored if it lacks its scores, and call `done` when it has them."""
         while True:
             state = await self._see(episode_id)
-            if state is None or not self._asks.lacks(state):
+            if state is None:
                 done()
                 return
             asked = self._asks.ask(state)
             if isinstance(asked, asyncio.Future):
-                asked.add_done_callback(lambda _: done())
+                asked.add_done_callback(lambda future: self._answered(future, done))
                 self._in_flight.add(asked)
                 return
             if asked:
                 done()
                 return
             await asyncio.sleep(_ENGINE_PAUSE_S)
+
+    def _answered(self, future: asyncio.Future[Scores], done: Callable[[], None]) -> None:
+        # A stopped engine shows in its health; a stay that was forgotten is no failure.
+        if not future.cancelled() and not isinstance(future.exception(), EngineStopped | NoneType):
+            self.n_failed += 1
+        done()
 
 
 def _report(task: asyncio.Task[None]) -> None:
