@@ -225,7 +225,7 @@ _VERSION: dict[str, Any] = {
     "digest": "b7c3e05d6f8091a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d59f2c41d8a1",
     "preprocessing_digest": _MODEL["preprocessing_digest"],
     "slots": {"used": 61, "free": 594, "lost": 0},
-    "progress": {"scored": 61, "total": 61},
+    "progress": {"scored": 61, "total": 61, "behind": 0, "failed": 0},
     "failure": None,
 }
 _NOT_LOADED: dict[str, Any] = {
@@ -237,9 +237,12 @@ _NOT_LOADED: dict[str, Any] = {
 PUT_SHADOW: dict[str, Any] = {"model": "llm4ehr/2"}
 SHADOW: dict[str, Any] = {
     "model": "llm4ehr/2",
+    "against": "llm4ehr/1",
     "since": "2026-03-01T09:25:00Z",
+    "until": None,
     "compared": 912,
     "dropped": 3,
+    "failed": 0,
     "changes": {
         "decompensation": {"n": 912, "mean": 0.0041, "max": 0.083},
         "remaining_los": {"n": 912, "mean": 3.2, "max": 29.7},
@@ -251,6 +254,7 @@ MODEL_ACTIVE = _VERSION | {"state": "active"}
 MODELS: dict[str, Any] = {
     "active": "llm4ehr/1",
     "shadow": SHADOW,
+    "trials": [SHADOW],
     "versions": [
         _VERSION
         | {"version": "1", "digest": _MODEL["digest"]}

@@ -20,7 +20,9 @@ from service.api.schemas import (
     ShadowOut,
     VersionOut,
 )
-from service.models.manager import Models, Trial
+from service.catch_up import CatchUp
+from service.models.manager import Models
+from service.models.shadow import Trial
 from service.models.version import Name, Version
 from service.times import format_time
 
@@ -45,11 +47,13 @@ async def list_models(context: ContextDep) -> Response:
     scores, then `ready` to be activated. `failed` says why; what answered goes on answering.
     """
     models = context.models
+    versions = [_version(v) for v in await models.versions()]  # a dead one ends its trial
     return JSONResponse(
         {
             "active": str(models.active.version.name),
             "shadow": None if models.trial is None else _trial(models.trial),
-            "versions": [_version(v) for v in await models.versions()],
+            "trials": [_trial(trial) for trial in models.trials],
+            "versions": versions,
         }
     )
 
@@ -77,7 +81,11 @@ async def get_version(context: ContextDep, name: _Name, version: _Number) -> Res
     responses={
         202: example(examples.MODEL_LOADING),
         **problems.documented(
-            "model-control-disabled", "model-unknown", "too-many-models", "invalid-request"
+            "model-control-disabled",
+            "model-unknown",
+            "model-not-ready",
+            "too-many-models",
+            "invalid-request",
         ),
     },
 )
@@ -141,7 +149,9 @@ async def unload(context: ContextDep, name: _Name, version: _Number) -> Response
             "malformed-json",
             "model-control-disabled",
             "model-not-loaded",
+            "model-active",
             "model-not-ready",
+            "body-timeout",
             "body-too-large",
             "unsupported-media-type",
             "invalid-request",
@@ -153,7 +163,7 @@ async def put_shadow(request: Request, context: ContextDep) -> Response:
     answer shows anything of it.
     """
     models = _control(context)
-    body = validate(PutShadow, await read_json(request, context.settings.max_body_bytes))
+    body = validate(PutShadow, await read_json(request, context.settings))
     name, _, version = body.model.partition("/")
     return JSONResponse(_trial(models.try_out(Name(name, int(version)))))
 
@@ -166,7 +176,7 @@ async def put_shadow(request: Request, context: ContextDep) -> Response:
     responses=problems.documented("model-control-disabled"),
 )
 async def delete_shadow(context: ContextDep) -> Response:
-    """The version stays loaded."""
+    """The version stays loaded, and what was found stands in `trials` of `GET /models`."""
     _control(context).end_trial()
     return Response(status_code=204)
 
@@ -199,8 +209,17 @@ def _version(version: Version) -> dict[str, Any]:
         "preprocessing_digest": bundle and bundle.preprocessing_digest,
         "slots": status
         and {"used": status.slots_used, "free": status.slots_free, "lost": status.slots_lost},
-        "progress": live and {"scored": live.catch_up.n_scored, "total": live.catch_up.to_score},
+        "progress": live and _progress(live.catch_up),
         "failure": failure and {"type": failure.type, "detail": failure.detail},
+    }
+
+
+def _progress(catch_up: CatchUp) -> dict[str, int]:
+    return {
+        "scored": catch_up.n_scored,
+        "total": catch_up.to_score,
+        "behind": catch_up.n_behind,
+        "failed": catch_up.n_failed + catch_up.n_unread,
     }
 
 
@@ -208,9 +227,12 @@ def _trial(trial: Trial) -> dict[str, Any]:
     shadow = trial.shadow
     return {
         "model": str(trial.of.name),
+        "against": str(trial.against),
         "since": format_time(trial.since),
+        "until": None if trial.until is None else format_time(trial.until),
         "compared": shadow.compared,
         "dropped": shadow.dropped,
+        "failed": shadow.failed,
         "changes": {
             task: {"n": change.n, "mean": change.mean, "max": change.largest}
             for task, change in shadow.changes.items()

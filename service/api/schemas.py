@@ -380,10 +380,14 @@ class SlotsOut(_Answer):
 
 
 class ProgressOut(_Answer):
-    """Stays that were open when the version came up, and those whose scores are there."""
+    """Stays that were open when the version came up, and those that are done; those written to
+    since that wait; how often one could not be scored.
+    """
 
     scored: int
     total: int
+    behind: int
+    failed: int
 
 
 class VersionOut(_Answer):
@@ -407,16 +411,22 @@ class ChangeOut(_Answer):
 
 
 class ShadowOut(_Answer):
+    """`until` is null while it goes on."""
+
     model: str
+    against: str
     since: datetime
+    until: datetime | None
     compared: int
     dropped: int
+    failed: int
     changes: dict[str, ChangeOut]
 
 
 class ModelsOut(_Answer):
     active: str
     shadow: ShadowOut | None
+    trials: list[ShadowOut]
     versions: list[VersionOut]
 
 

@@ -8,11 +8,12 @@ request is answered by the version it began with, to its end.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +23,7 @@ from service.core import BundleInfo
 from service.live import LiveScores
 from service.log.base import EventLog
 from service.memory import Memory
-from service.models.shadow import Shadow, ShadowMetrics
+from service.models.shadow import Counts, Shadow, ShadowMetrics, Trial
 from service.models.version import (
     Condition,
     Failure,
@@ -36,19 +37,10 @@ from service.models.version import (
     Version,
 )
 from service.settings import Settings
-from service.state import EpisodeState
+from service.state import EpisodeState, Scored
 from service.units import EventVocabulary
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """The version on trial, and what was found."""
-
-    of: Version
-    since: datetime
-    shadow: Shadow
 
 
 class Models:
@@ -76,6 +68,8 @@ class Models:
         self._on_published = on_published
         self._shadow_metrics = ShadowMetrics(registry)
         self._trial: Trial | None = None
+        self._trials: dict[Name, Trial] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         bundle = first.engine.bundle
         version = Version(Name(bundle.name, int(bundle.version)), "active", clock(), model=first)
         version.live = self._live(first, leads=True)
@@ -90,11 +84,14 @@ class Models:
 
     async def stop(self) -> None:
         """Stop all scoring and all engines."""
-        self._end_trial()
+        self.end_trial()
         for version in list(self._versions.values()):
             if version.task is not None:
                 version.task.cancel()
                 await asyncio.wait([version.task])
+        if self._closing:
+            await asyncio.wait(self._closing)
+        for version in list(self._versions.values()):
             if version.live is not None:
                 await version.live.stop()
             if version.model is not None:
@@ -123,6 +120,12 @@ class Models:
             serving = found
         with serving.version.used():
             yield serving
+
+    def kept_up(self) -> list[Serving]:
+        """The versions that have the scores of all open stays: the active and the ready ones."""
+        versions = [self._versions[n] for n in sorted(self._versions)]
+        found = (_able(v) for v in versions if v.condition in ("ready", "active"))
+        return [serving for serving in found if serving is not None]
 
     def able(self, name: str) -> list[Serving]:
         """The loaded versions of a model that can answer, by number."""
@@ -158,6 +161,11 @@ class Models:
         """The version on trial, if there is one."""
         return self._trial
 
+    @property
+    def trials(self) -> list[Trial]:
+        """The last trial of every version, those that have ended too, by name and number."""
+        return [self._trials[name] for name in sorted(self._trials)]
+
     async def versions(self) -> list[Version]:
         """All versions that are on disk or were asked for, by name and number."""
         known = {name: self._alive(v) for name, v in self._versions.items()}
@@ -179,6 +187,8 @@ class Models:
         """
         version = await self.version(name)
         held = self._versions.get(name)
+        if held is not None and held.condition == "unloading":
+            raise ModelRefused("model-not-ready", "the version is being unloaded; load it after")
         if held is not None and held.condition != "failed":
             return held
         loaded = [v for v in self._versions.values() if v.condition != "failed"]
@@ -188,7 +198,7 @@ class Models:
             )
         version = Version(name, "loading", self._clock())
         self._versions[name] = version
-        version.task = asyncio.create_task(self._bring_up(version))
+        version.task = _beside(self._bring_up(version))
         return version
 
     def activate(self, name: Name) -> Version:
@@ -201,7 +211,7 @@ class Models:
             raise ModelRefused(
                 "model-not-ready", f"the version is {version.condition}; it has to be ready"
             )
-        self._end_trial()
+        self.end_trial()
         former, self._active = self._active, serving
         former.live.leads, serving.live.leads = False, True
         self._turn(former.version, "ready")
@@ -222,30 +232,46 @@ class Models:
         if version.condition == "loading":
             raise ModelRefused("model-not-ready", "the version is being loaded")
         if version.condition != "unloading":
-            if self._trial is not None and self._trial.of is version:
-                self._end_trial()
+            self._end_trial_of(version)
             self._turn(version, "unloading")
-            version.task = asyncio.create_task(self._let_go(version, version.task))
+            version.task = _beside(self._let_go(version, version.task))
         return version
 
     def try_out(self, name: Name) -> Trial:
         """Compare a version that is ready with the active one from now on. Raises ModelRefused."""
         version = self._loaded(name)
         live = version.live
+        if version is self._active.version:
+            raise ModelRefused("model-active", "the version answers; try another one")
         if version.condition != "ready" or live is None:
             raise ModelRefused(
-                "model-not-ready", "a version that is ready, and not active, can be tried"
+                "model-not-ready", f"the version is {version.condition}; it has to be ready"
             )
-        self._end_trial()
-        shadow = Shadow(self._shadow_metrics)
-        self._trial = Trial(version, self._clock(), shadow)
-        self._active.live.on_scored = shadow.active_scored
+        self.end_trial()
+        shadow = Shadow(Counts(self._shadow_metrics, str(name)))
+        self._trial = self._trials[name] = Trial(
+            version, self._active.version.name, self._clock(), shadow
+        )
+
+        def active_scored(scored: Scored) -> None:
+            shadow.active_scored(scored)
+            # Whoever asked the active one for it: the other one does not know of reads.
+            live.catch_up.leave_behind(scored.view.episode_id)
+
+        self._active.live.on_scored = active_scored
         live.on_scored = shadow.trial_scored
+        live.on_fault = shadow.trial_failed
         return self._trial
 
     def end_trial(self) -> None:
-        """Compare no more."""
-        self._end_trial()
+        """Compare no more. What was found is kept."""
+        trial, self._trial = self._trial, None
+        if trial is not None:
+            trial.until = self._clock()
+            for live in (self._active.live, trial.of.live):
+                if live is not None:
+                    live.on_scored = lambda scored: None
+                    live.on_fault = lambda view: None
 
     # --- within ------------------------------------------------------------------------------
 
@@ -263,10 +289,12 @@ class Models:
         version.condition, version.since = condition, self._clock()
 
     def _fail(self, version: Version, error: LoadError) -> None:
-        if self._trial is not None and self._trial.of is version:
-            self._end_trial()
+        self._end_trial_of(version)
         if version.live is not None:
             version.live.cancel()
+        task = _beside(self._close(version, version.model, version.live))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
         version.model = version.live = None
         version.failure = Failure(type=error.type, detail=str(error))
         self._turn(version, "failed")
@@ -288,16 +316,24 @@ class Models:
             raise ModelRefused("model-not-loaded", "that version is not loaded")
         return version
 
-    def _end_trial(self) -> None:
-        if self._trial is not None:
-            for live in (self._active.live, self._trial.of.live):
-                if live is not None:
-                    live.on_scored = lambda scored: None
-            self._trial = None
+    def _end_trial_of(self, version: Version) -> None:
+        if self._trial is not None and self._trial.of is version:
+            self.end_trial()
 
     async def _bring_up(self, version: Version) -> None:
         try:
-            model = await asyncio.to_thread(self._loader.load, version.name)
+            model = version.model = await asyncio.to_thread(self._loader.load, version.name)
+            model.start()
+            live = version.live = self._live(model, leads=False)
+            self._turn(version, "rebuilding")
+            live.start(after=self._active.live)
+            warm = await live.catch_up.finished()
+            if self._alive(version).condition != "rebuilding":
+                return
+            if not warm:
+                raise LoadError("backend-failed", "the rebuild ended before its time")
+            if n := live.catch_up.n_failed:
+                raise LoadError("model-fault", f"{n} stays could not be scored")
         except LoadError as error:
             self._fail(version, error)
             return
@@ -305,29 +341,34 @@ class Models:
             # Its message might hold anything; the type says enough to look into the log.
             self._fail(version, LoadError("backend-failed", type(error).__name__))
             return
-        model.start()
-        live = self._live(model, leads=False)
-        version.model, version.live = model, live
-        self._turn(version, "rebuilding")
-        live.start(after=self._active.live)
-        await live.catch_up.warm.wait()
-        if self._alive(version).condition == "rebuilding":
-            self._turn(version, "ready")
-            _logger.info("model %s is ready", version.name)
+        self._turn(version, "ready")
+        _logger.info("model %s is ready", version.name)
 
     async def _let_go(self, version: Version, bringing_up: asyncio.Task[None] | None) -> None:
         if bringing_up is not None and not bringing_up.done():
             bringing_up.cancel()
             await asyncio.wait([bringing_up])
+        try:
+            await self._close(version, version.model, version.live)
+        finally:
+            del self._versions[version.name]
+        _logger.info("model %s is unloaded", version.name)
+
+    async def _close(self, version: Version, model: Model | None, live: LiveScores | None) -> None:
+        """Stop what scored with a version once nobody uses it, and give its memory back."""
         await version.unused()
-        if version.live is not None:
-            await version.live.stop()
-        if version.model is not None:
-            await asyncio.to_thread(version.model.close)
+        if live is not None:
+            await live.stop()
+        if model is not None:
+            await asyncio.to_thread(model.close)
+        del model, live
         version.model = version.live = None
         await asyncio.to_thread(_give_memory_back)
-        del self._versions[version.name]
-        _logger.info("model %s is unloaded", version.name)
+
+
+def _beside(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Work that goes on after the request that began it, and is no part of its trace."""
+    return asyncio.create_task(work, context=contextvars.Context())
 
 
 def _give_memory_back() -> None:

@@ -113,7 +113,7 @@ async def test_the_life_of_a_version(house: House) -> None:
     house.shelf.gate.set()
     ready = await house.until(2, "ready")
     assert ready["digest"] == "2l" * 32
-    assert ready["progress"] == {"scored": 1, "total": 1}
+    assert ready["progress"] == {"scored": 1, "total": 1, "behind": 0, "failed": 0}
     assert (await house.control(2, "activate")).json()["state"] == "active"
     assert (await house.risk()).json()["provenance"]["digest"] == "2l" * 32
     assert (await house.state(1))["state"] == "ready"

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from service.core import Draft, episode_at
 from service.models import shadow
-from service.models.shadow import Shadow, ShadowMetrics
+from service.models.shadow import Counts, Shadow, ShadowMetrics
 from service.state import Scored
 from tests.service.fakes import entries, fake_scores, stamp
 from tests.service.models.house import House
@@ -62,9 +62,9 @@ async def test_the_differences_are_the_true_ones(house: House) -> None:
         assert found["max"] == max(changes) > 0
         assert found["mean"] == pytest.approx(sum(changes) / 9)
     metrics = (await house.http.get("/metrics")).text
-    assert "llm4ehr_shadow_compared_total 9.0" in metrics
-    assert 'llm4ehr_shadow_change_ratio_count{task="mortality"} 9.0' in metrics
-    assert "llm4ehr_shadow_change_hours_count 9.0" in metrics
+    assert 'llm4ehr_shadow_compared_total{model="tiny/2"} 9.0' in metrics
+    assert 'llm4ehr_shadow_change_ratio_count{model="tiny/2",task="mortality"} 9.0' in metrics
+    assert 'llm4ehr_shadow_change_hours_count{model="tiny/2"} 9.0' in metrics
     for stay in STAYS:
         assert f'"{stay}"' not in metrics
 
@@ -74,7 +74,7 @@ async def test_a_trial_ends_with_its_models(house: House) -> None:
     not_loaded = await house.http.put("/models/shadow", json={"model": "tiny/2"})
     assert not_loaded.json()["type"] == "/problems/model-not-loaded"
     active = await house.http.put("/models/shadow", json={"model": "tiny/1"})
-    assert active.json()["type"] == "/problems/model-not-ready"
+    assert active.json()["type"] == "/problems/model-active"
     for version in (2, 3):
         await house.ready(version)
 
@@ -110,7 +110,7 @@ def scored(episode: str, seq: int, mortality: float = 0.5) -> Scored:
 
 @pytest.fixture
 def trial() -> Shadow:
-    return Shadow(ShadowMetrics(CollectorRegistry()))
+    return Shadow(Counts(ShadowMetrics(CollectorRegistry()), "tiny/2"))
 
 
 def test_only_equal_entries_are_compared(trial: Shadow) -> None:

@@ -167,7 +167,7 @@ async def test_the_open_stays_are_scored_before_a_version_is_ready(house: House)
     )
     await house.ready(2)
     state = await house.state(2)
-    assert state["progress"] == {"scored": 3, "total": 3}
+    assert state["progress"] == {"scored": 3, "total": 3, "behind": 0, "failed": 0}
     engine = house.models.able("tiny")[1].model.engine
     assert engine.status().stays == 3
     await house.control(2, "activate")
