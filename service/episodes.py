@@ -43,8 +43,15 @@ class TooManyWrites(Exception):
     """As many writes as may be are under way. Nothing was recorded; ask again later."""
 
 
+class NotConfirmed(Exception):
+    """The log takes too long. The write goes on; sending it again finds out what became of it."""
+
+
 class EpisodeService:
-    """Reads and writes episodes. Runs on one event loop; what it acknowledges is in the log."""
+    """Reads and writes episodes. Runs on one event loop; what it acknowledges is in the log.
+
+    Every write may raise TooManyWrites and NotConfirmed besides what it names.
+    """
 
     def __init__(
         self,
@@ -65,6 +72,7 @@ class EpisodeService:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._writes: set[asyncio.Task[Any]] = set()
         self._max_writes = settings.max_waiting_writes
+        self._write_s = settings.write_deadline_seconds
 
     def start(self) -> None:
         """Begin to score the open stays that are in the log."""
@@ -179,13 +187,22 @@ class EpisodeService:
         )
 
     async def _write(self, episode_id: str, decide: _Decide[_T]) -> tuple[EpisodeState, _T]:
-        """Carry a decision out, to its end even if the caller goes away. Raises TooManyWrites."""
+        """Carry a decision out, to its end even if the caller goes away or has waited enough.
+
+        Raises TooManyWrites, NotConfirmed.
+        """
         if len(self._writes) >= self._max_writes:
             raise TooManyWrites
         task = asyncio.create_task(self._decide_and_append(episode_id, decide))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-        return await asyncio.shield(task)
+        try:
+            async with asyncio.timeout(self._write_s) as limit:
+                return await asyncio.shield(task)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise NotConfirmed from None
 
     async def _decide_and_append(
         self, episode_id: str, decide: _Decide[_T]

@@ -62,6 +62,9 @@ class Settings(BaseSettings):
     kv_memory_mib: Annotated[int, Field(ge=1)] = 512
     """Memory for the live states of stays. What does not fit is rebuilt from the log on demand."""
 
+    state_memory_mib: Annotated[int, Field(ge=1)] = 1024
+    """Memory for features and answers of stays. What does not fit is computed again on demand."""
+
     engine_rows: Annotated[int, Field(ge=1, le=4096)] = 32
     """Most rows (one hour of one stay each) in one forward pass."""
 
@@ -70,6 +73,9 @@ class Settings(BaseSettings):
 
     read_deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     """How long a read waits for the engine; a client may ask for less."""
+
+    write_deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """How long the body of a write may take to come, and after it a write to be in the log."""
 
     max_waiting_writes: Annotated[int, Field(ge=1)] = 1024
     """Most writes waiting for the log before it answers `overloaded`."""

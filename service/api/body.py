@@ -1,25 +1,45 @@
-"""Request bodies: bounded while they stream in, then parsed once."""
+"""Request bodies: bounded in size and time while they stream in, then parsed once."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
-from service.api.problems import Problem, invalid
+from service.api.problems import ClientGone, Problem, invalid
+from service.settings import Settings
 from service.timing import measured
 
 _M = TypeVar("_M", bound=BaseModel)
 
 
-async def read_json(request: Request, max_bytes: int) -> Any:
-    """Parse a JSON body of at most `max_bytes`.
+async def read_json(request: Request, settings: Settings) -> Any:
+    """Parse a JSON body that is no longer, and comes no slower, than the settings allow.
 
-    NaN and Infinity are let through, so that they can be refused where they stand. Raises Problem.
+    NaN and Infinity are let through, so that they can be refused where they stand. Raises Problem,
+    ClientGone.
     """
     _check_media_type(request)
+    try:
+        async with asyncio.timeout(settings.write_deadline_seconds):
+            body = await _read(request, settings.max_body_bytes)
+    except TimeoutError:
+        raise Problem("body-timeout", headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise ClientGone from None
+    try:
+        with measured("parse"):
+            return from_json(body, allow_inf_nan=True, cache_strings="keys")
+    except (ValueError, RecursionError) as error:
+        # The parser's message may quote the body.
+        raise Problem("malformed-json") from error
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
     too_large = Problem("body-too-large", f"at most {max_bytes} bytes are accepted")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
@@ -30,12 +50,7 @@ async def read_json(request: Request, max_bytes: int) -> Any:
         body += chunk
         if len(body) > max_bytes:
             raise too_large
-    try:
-        with measured("parse"):
-            return from_json(bytes(body), allow_inf_nan=True, cache_strings="keys")
-    except (ValueError, RecursionError) as error:
-        # The parser's message may quote the body.
-        raise Problem("malformed-json") from error
+    return bytes(body)
 
 
 def validate(model: type[_M], body: Any) -> _M:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -23,6 +24,7 @@ from service.api.schemas import (
     PatchEpisode,
     PutEpisode,
 )
+from service.api.waiting import bounded, log_retry_after_s
 from service.core import EpisodeView
 from service.decisions import Admission, Change
 from service.times import format_time
@@ -31,6 +33,7 @@ router = APIRouter(prefix="/episodes", tags=["episodes"])
 
 _WRITE_PROBLEMS = (
     "malformed-json",
+    "body-timeout",
     "episode-deleted",
     "body-too-large",
     "unsupported-media-type",
@@ -38,6 +41,7 @@ _WRITE_PROBLEMS = (
     "episode-id-invalid",
     "too-many-requests",
     "log-busy",
+    "log-slow",
     "log-unavailable",
 )
 
@@ -88,14 +92,21 @@ async def list_episodes(context: ContextDep, query: Annotated[ListQuery, Query()
             "invalid-request",
             "too-many-requests",
             "log-unavailable",
+            "deadline-exceeded",
         ),
     },
 )
 async def get_episode(
-    context: ContextDep, episode_id: EpisodeId, query: Annotated[AsOfQuery, Query()]
+    request: Request,
+    context: ContextDep,
+    episode_id: EpisodeId,
+    query: Annotated[AsOfQuery, Query()],
 ) -> Response:
     """`ignored` counts the live items that the model does not see, by reason."""
-    return _represented(await context.service.view(episode_id, query.as_of, query.min_seq))
+    until = asyncio.get_running_loop().time() + context.settings.read_deadline_seconds
+    async with bounded(request, until, log_retry_after_s):
+        view = await context.service.view(episode_id, query.as_of, query.min_seq)
+    return _represented(view)
 
 
 @router.put(
@@ -112,7 +123,7 @@ async def get_episode(
 )
 async def put_episode(request: Request, context: ContextDep, episode_id: EpisodeId) -> Response:
     """Sending the same again changes nothing. Static facts that are left out become unknown."""
-    raw = await read_json(request, context.settings.max_body_bytes)
+    raw = await read_json(request, context.settings)
     if isinstance(raw, dict) and raw.get("admitted_at") is None:
         raise Problem("admission-missing", "`admitted_at` is required")
     body = validate(PutEpisode, raw)
@@ -145,7 +156,7 @@ async def patch_episode(request: Request, context: ContextDep, episode_id: Episo
     """Moving the admission moves the hour every item falls into. Items that come to lie before the
     admission or after the discharge are kept, but the model does not see them.
     """
-    raw = await read_json(request, context.settings.max_body_bytes)
+    raw = await read_json(request, context.settings)
     body = validate(PatchEpisode, raw)
     view = await context.service.patch(
         episode_id,
@@ -165,7 +176,12 @@ async def patch_episode(request: Request, context: ContextDep, episode_id: Episo
     summary="Delete a stay",
     status_code=204,
     responses=problems.documented(
-        "episode-unknown", "episode-id-invalid", "too-many-requests", "log-busy", "log-unavailable"
+        "episode-unknown",
+        "episode-id-invalid",
+        "too-many-requests",
+        "log-busy",
+        "log-slow",
+        "log-unavailable",
     ),
 )
 async def delete_episode(context: ContextDep, episode_id: EpisodeId) -> Response:

@@ -17,7 +17,7 @@ from service.answers import Selection, WithheldReason, data_age_hours, select_ho
 from service.api.deps import Context
 from service.api.problems import Problem, documented
 from service.api.schemas import HoursQuery
-from service.api.waiting import bounded, preferred_wait
+from service.api.waiting import bounded, log_retry_after_s, preferred_wait
 from service.core import BundleInfo, EpisodeView, HourStatus, Scores, hour_status
 from service.times import format_time
 from service.timing import measured
@@ -82,12 +82,15 @@ async def answer(
     selection = _selection(query)
     resource = request.url.path.rpartition("/")[2]
     wait, preference = _patience(context, request)
-    until = asyncio.get_running_loop().time() + wait
+    now = asyncio.get_running_loop().time()
+    until, latest = now + wait, now + context.settings.read_deadline_seconds
     # Another model may become active meanwhile: this answer is that of one from its begin to end.
     with context.models.serving(query.model_version) as serving:
         bundle = serving.model.engine.bundle
         while True:
-            view = await context.service.view(episode_id, query.as_of, query.min_seq)
+            # A client that takes what is known may have to wait for the log all the same.
+            async with bounded(request, latest, log_retry_after_s):
+                view = await context.service.view(episode_id, query.as_of, query.min_seq)
             plan = _plan(context, bundle, view, selection, query.as_of, resource)
             headers = {"ETag": plan.etag, "Cache-Control": _PRIVATE, **preference}
             if _matches(request.headers.get("if-none-match"), plan.etag):

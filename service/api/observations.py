@@ -33,6 +33,7 @@ router = APIRouter(tags=["episodes"])
         200: example(examples.POST_ANSWER),
         **problems.documented(
             "malformed-json",
+            "body-timeout",
             "episode-unknown",
             "episode-deleted",
             "body-too-large",
@@ -43,6 +44,7 @@ router = APIRouter(tags=["episodes"])
             "all-items-rejected",
             "too-many-requests",
             "log-busy",
+            "log-slow",
             "log-unavailable",
         ),
     },
@@ -55,7 +57,7 @@ async def post_observations(
 
     With `admitted_at` an unknown episode is created; the admission of a known one never moves here.
     """
-    body = validate(PostItems, await read_json(request, context.settings.max_body_bytes))
+    body = validate(PostItems, await read_json(request, context.settings))
     if len(body.observations) + len(body.events) + len(body.withdrawals) > (
         limit := context.settings.max_items
     ):

@@ -17,7 +17,7 @@ from service.answers import HourError
 from service.api.schemas import ItemResultOut
 from service.core import EngineStopped, ModelFault, Overloaded
 from service.decisions import DeletedEpisode, NothingAccepted, Refused, UnknownEpisode
-from service.episodes import SeqNotReached, TooManyWrites
+from service.episodes import NotConfirmed, SeqNotReached, TooManyWrites
 from service.log.base import LogUnavailable
 from service.models.version import ModelRefused
 
@@ -32,6 +32,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "model-unknown": (404, "No such model or version"),
     "model-not-loaded": (404, "That version of the model is not loaded"),
     "method-not-allowed": (405, "The method is not allowed here"),
+    "body-timeout": (408, "The body did not come in time"),
     "seq-not-reached": (409, "The log does not hold that entry yet"),
     "model-not-ready": (409, "That version of the model is not ready"),
     "model-active": (409, "That version of the model answers"),
@@ -52,7 +53,8 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "log-unavailable": (503, "The log is unavailable; nothing was recorded"),
     "log-busy": (503, "Too many writes wait for the log; nothing was recorded"),
     "overloaded": (503, "The engine is overloaded"),
-    "deadline-exceeded": (503, "The scores were not ready in time"),
+    "log-slow": (503, "The log did not confirm in time; the write may be recorded all the same"),
+    "deadline-exceeded": (503, "The answer was not ready in time"),
     "engine-unavailable": (503, "The engine is not running"),
 }
 
@@ -121,6 +123,8 @@ def as_problem(error: Exception) -> Problem:
             return Problem("all-items-rejected", extra={"items": items})
         case TooManyWrites():
             return Problem("log-busy", headers={"Retry-After": str(BUSY_RETRY_AFTER_S)})
+        case NotConfirmed():
+            return Problem("log-slow", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
         case LogUnavailable():
             return Problem("log-unavailable", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
         case Overloaded():
@@ -174,6 +178,7 @@ def install(app: FastAPI, refused: Callable[[str], None]) -> None:
         NothingAccepted,
         LogUnavailable,
         TooManyWrites,
+        NotConfirmed,
         Overloaded,
         EngineStopped,
         ModelFault,

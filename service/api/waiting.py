@@ -1,4 +1,4 @@
-"""How long a request may wait for the engine, and for whom: nobody waits for a client that left."""
+"""How long a read may wait, and for whom: nobody waits for a client that left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import Request
 
-from service.api.problems import ClientGone, Problem
+from service.api.problems import LOG_RETRY_AFTER_S, ClientGone, Problem
 
 _WAIT = re.compile(r"""wait\s*=\s*"?(\d{1,9})"?""", re.IGNORECASE)
 
@@ -21,6 +21,11 @@ def preferred_wait(request: Request) -> int | None:
             if found := _WAIT.fullmatch(preference.partition(";")[0].strip()):
                 return int(found[1])
     return None
+
+
+def log_retry_after_s() -> int:
+    """When to ask again if the log takes too long."""
+    return LOG_RETRY_AFTER_S
 
 
 @asynccontextmanager
@@ -49,11 +54,8 @@ async def bounded(
     except TimeoutError:
         if not limit.expired():
             raise
-        raise Problem(
-            "deadline-exceeded",
-            "the scores are still being computed",
-            headers={"Retry-After": str(retry_after_s())},
-        ) from None
+        headers = {"Retry-After": str(retry_after_s())}
+        raise Problem("deadline-exceeded", headers=headers) from None
     except asyncio.CancelledError:
         if not gone:
             raise

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,34 @@ def assert_refused(response: httpx.Response, name: str) -> None:
     assert int(response.headers["retry-after"]) >= 1
 
 
+@contextmanager
+def deadlines(client: Client, **seconds: float) -> Iterator[None]:
+    """Meanwhile so short that they pass: the rest of a test is not measured by the clock."""
+    context = client.app.state.context
+    settings = context.settings.model_copy(update=seconds)
+    client.app.state.context = replace(context, settings=settings)
+    usual = context.service._write_s
+    context.service._write_s = settings.write_deadline_seconds
+    try:
+        yield
+    finally:
+        client.app.state.context = context
+        context.service._write_s = usual
+
+
 async def test_a_read_waits_no_longer_than_the_deadline(log_path: Path, anyio_backend: str) -> None:
-    async with running(log_path, read_deadline_seconds=0.01) as client:
+    async with running(log_path) as client:
         await client.post(admitted_at=stamp(0), observations=[hr(hours=0.1), hr(hours=0.2)])
         await client.risk()  # the newest entry is known
         client.engine.held = True
-        assert_refused(await client.risk(as_of=2), "deadline-exceeded")
+        with deadlines(client, read_deadline_seconds=0.01):
+            assert_refused(await client.risk(as_of=2), "deadline-exceeded")
         [(_, _, past)] = client.engine.waiting
         assert past.cancelled()  # nobody else asks for a view of the past
         assert (await client.risk()).status_code == 200
         await client.post(observations=[hr(hours=0.3)])
-        assert_refused(await client.risk(), "deadline-exceeded")
+        with deadlines(client, read_deadline_seconds=0.01):
+            assert_refused(await client.risk(), "deadline-exceeded")
         _, (_, _, newest) = client.engine.waiting
         assert not newest.done()  # it serves whoever comes next
         client.engine.release()
@@ -141,12 +159,18 @@ async def test_a_client_that_leaves_frees_its_place(log_path: Path, anyio_backen
 
 
 class SlowLog(SqliteLog):
-    """Appends when it is told to."""
+    """Appends when it is told to, and reads unless it is told to stop."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.go = asyncio.Event()
+        self.read = asyncio.Event()
+        self.read.set()
         self.waiting = 0
+
+    async def entries(self, episode_id: str, after_seq: int = 0) -> list[Entry]:
+        await self.read.wait()
+        return await super().entries(episode_id, after_seq)
 
     async def append(self, episode_id: str, drafts: Any, *rest: Any) -> list[Entry]:
         self.waiting += 1
@@ -165,6 +189,67 @@ async def test_writes_that_wait_for_the_log_are_bounded(log_path: Path, anyio_ba
         assert [(await admitted).status_code for admitted in under_way] == [201, 201]
         assert (await client.admit("c")).status_code == 201
         assert await refusals(client) == {"log-busy": 1}
+
+
+async def test_a_write_is_answered_although_the_log_is_slow(
+    log_path: Path, anyio_backend: str
+) -> None:
+    log = SlowLog(log_path)
+    async with running(log_path, log=log) as client:
+        with deadlines(client, write_deadline_seconds=0.01):
+            assert_refused(await client.admit(), "log-slow")
+        log.go.set()  # what was begun goes on
+        await until(lambda: client.app.state.context.service.waiting_writes == 0)
+        answer = await client.admit()
+        assert (answer.status_code, answer.json()["seq"]) == (200, 1)
+        assert await refusals(client) == {"log-slow": 1}
+
+
+async def test_a_read_is_answered_although_the_log_is_slow(
+    log_path: Path, anyio_backend: str
+) -> None:
+    log = SlowLog(log_path)
+    async with running(log_path, log=log) as client:
+        log.read.clear()
+        with deadlines(client, read_deadline_seconds=0.01):
+            assert_refused(await client.risk(), "deadline-exceeded")
+            assert_refused(await client.http.get("/episodes/e"), "deadline-exceeded")
+        log.read.set()
+        assert (await client.risk()).status_code == 404
+        assert await refusals(client) == {"deadline-exceeded": 2}
+
+
+POST = b"POST /episodes/e/observations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+"""With a body that is still to come."""
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    log_path: Path, anyio_backend: str
+) -> None:
+    async with running(log_path) as client, listening(client.app) as port:
+        with deadlines(client, write_deadline_seconds=0.01):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(POST + b"Content-Length: 99\r\n\r\n{")
+            answer = await asyncio.wait_for(reader.read(), 60)  # until the connection is closed
+            writer.close()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"/problems/body-timeout" in answer
+
+
+async def test_a_client_that_leaves_within_its_body_is_no_fault(
+    log_path: Path, anyio_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(log_path) as client, listening(client.app) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(POST + b"Expect: 100-continue\r\nContent-Length: 99\r\n\r\n{")
+        await reader.readline()  # the body is being read
+        writer.close()
+        metrics = ""
+        while 'method="POST"' not in metrics:
+            await asyncio.sleep(0.001)
+            metrics = (await client.http.get("/metrics")).text
+        assert 'method="POST",route="/episodes/{episode_id}/observations",status="499"' in metrics
+    assert not [record for record in caplog.records if record.name.startswith("service")]
 
 
 async def test_an_overloaded_engine_is_counted(client: Client) -> None:
