@@ -169,7 +169,9 @@ def _calibrate(a: argparse.Namespace) -> None:
         calibrate.candidates(settings, max_rows, n_cores),
         target_s=target_s,
     )
-    chosen = calibrate.choose(measured.seconds, target_s, n_cores)
+    chosen = calibrate.choose_verified(
+        measured.seconds, target_s, n_cores, lambda c: calibrate.starts(bundle, settings, c)
+    )
     print(calibrate.table(measured, chosen), file=sys.stderr)
     text = calibrate.settings_file(chosen, settings)
     if a.out is None:

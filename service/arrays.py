@@ -81,10 +81,14 @@ def in_units_of(vocabulary: EventVocabulary, episode: Episode, units: Units, sai
     if not wanted:
         return episode
     value = episode.ev_value.copy()
-    for i, (code, unit) in enumerate(zip(episode.ev_code.tolist(), units, strict=True)):
-        to = wanted.get((code, unit))
-        if to is not None and not np.isnan(value[i]):
-            value[i] = _converted(code, float(value[i]), unit, to)
+    of_code: dict[str, NDArray[np.bool_]] = {}
+    in_unit = {unit: np.array([u == unit for u in units]) for unit in {u for _, u in wanted}}
+    for (code, unit), to in wanted.items():
+        if code not in of_code:
+            of_code[code] = episode.ev_code == code
+        where = of_code[code] & in_unit[unit] & ~np.isnan(value)
+        if where.any():
+            value[where] = [_converted(code, v, unit, to) for v in value[where].tolist()]
     return replace(episode, ev_value=value)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from llm4ehr.bundle import Bundle
-from service.engine.backends.base import candidate_sizes
+from service.engine.backends.base import RowDependenceError, candidate_sizes
 from service.engine.backends.factory import unverified_backend
 from service.engine.backends.shapes import slots_for
-from service.engine.backends.verify import Sizable
+from service.engine.backends.verify import Sizable, agreeing_sizes
 from service.settings import PREFIX, Settings
 
 MAX_ROWS = 512
@@ -114,6 +114,35 @@ def choose(seconds: Mapping[Candidate, float], target_s: float, n_cores: int) ->
     best = max(c.rows / free[c] for c in within.values())
     enough = (c for c in within.values() if c.rows / free[c] >= ENOUGH * best)
     return min(enough, key=lambda c: c.threads)
+
+
+def choose_verified(
+    seconds: Mapping[Candidate, float],
+    target_s: float,
+    n_cores: int,
+    works: Callable[[Candidate], bool],
+) -> Candidate:
+    """The best choice with which the service would start. Raises ValueError if there is none."""
+    left = dict(seconds)
+    while left:
+        chosen = choose(left, target_s, n_cores)
+        if works(chosen):
+            return chosen
+        del left[chosen]
+        if not any(c.threads <= max(n_cores - 1, 1) for c in left):
+            break
+    raise ValueError("no number of rows and threads gives rows that are independent of each other")
+
+
+def starts(bundle: Bundle, settings: Settings, c: Candidate) -> bool:
+    """Whether rows are independent of each other in ticks of so many, with so many threads."""
+    torch.set_num_threads(c.threads)
+    backend = unverified_backend(bundle, settings.model_copy(update={"engine_rows": c.rows}))
+    try:
+        agreeing_sizes(backend, bundle.network, c.rows)
+    except RowDependenceError:
+        return False
+    return True
 
 
 def ticker(bundle: Bundle, settings: Settings, max_rows: int) -> Callable[[Candidate], bytes]:

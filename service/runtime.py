@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -12,6 +11,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from service.api.app import Dependencies, create_app
+from service.calibrate import cores
 from service.engine.backends.slot_kernel import slot_library
 from service.engine.metrics import EngineMetrics
 from service.log.sqlite import SqliteLog
@@ -39,7 +39,7 @@ def build_app(
     backend that does not do.
     """
     # One core is left to the event loop and the log.
-    torch.set_num_threads(settings.torch_threads or max((os.cpu_count() or 2) - 1, 1))
+    torch.set_num_threads(settings.torch_threads or max(cores() - 1, 1))
     registry = CollectorRegistry()
     tracing = open_tracing(settings.tracing)
     bundles = Bundles(settings, EngineMetrics(registry, settings.bundle), on_fatal, tracing)

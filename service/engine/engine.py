@@ -60,7 +60,7 @@ class OnlineEngine:
         metrics: EngineMetrics,
         *,
         max_pending: int,
-        max_states: int = 4096,
+        max_state_bytes: int = 1 << 30,
         turn: Callable[[], AbstractContextManager[object]] = nullcontext,
         on_fatal: Callable[[BaseException], None] = lambda error: None,
         numerics: Numerics | None = None,
@@ -70,7 +70,8 @@ class OnlineEngine:
         self._backend = backend
         self._metrics = metrics
         self._max_pending = max_pending
-        self._max_states = max_states
+        self._max_state_bytes = max_state_bytes
+        self._state_bytes = 0
         self._on_fatal = on_fatal
         self._clock = clock
         self._tracing = tracing
@@ -263,22 +264,41 @@ class OnlineEngine:
             stay = self._new_stay(newest)
         stay.waiting += requests
         self._states.move_to_end(key)
-        # Whoever waits for more hours than the newest request asks for shall still get them.
+        # Whoever waits for more hours than the newest request asks for shall still get them, and
+        # hours that were computed from the same entries are kept.
         n_hours = max(r.n_hours for r in stay.waiting)
-        changed = self._reader.read(stay, newest.view, n_hours)
+        if newest.view.seq == stay.seq:
+            n_hours = max(n_hours, stay.n_hours)
+        try:
+            changed = self._reader.read(stay, newest.view, n_hours)
+        except Exception as error:
+            # Of this stay alone: with the next one all may be well.
+            _log.error("a stay cannot be read: %s", type(error).__name__)
+            self._metrics.faulted()
+            self._drop(key, ModelFault("the stay cannot be turned into input of the model"))
+            return
+        self._count(stay)
         if not self._lanes.extend(key, changed):
             self._publish(key, stay)
 
     def _new_stay(self, request: Request) -> HeldStay:
         stay = HeldStay(request.scratch, self._state_size, self._answers.layout)
         self._states[request.key] = stay
-        if len(self._states) > self._max_states:
-            idle = next(
-                (k for k, s in self._states.items() if not s.waiting and s is not stay), None
-            )
-            if idle is not None:
-                self._drop(idle, EngineStopped("dropped"))
         return stay
+
+    def _count(self, stay: HeldStay) -> None:
+        """Put down what a stay takes now, and drop those that were not used for longest if all
+        together take too much.
+        """
+        n_bytes = stay.n_bytes
+        self._state_bytes += n_bytes - stay.counted
+        stay.counted = n_bytes
+        if self._state_bytes <= self._max_state_bytes:
+            return
+        for key in [k for k, s in self._states.items() if not s.waiting and s is not stay]:
+            self._drop(key, EngineStopped("dropped"))
+            if self._state_bytes <= self._max_state_bytes:
+                return
 
     # --- on the engine thread: what goes out -------------------------------------------------
 
@@ -307,6 +327,7 @@ class OnlineEngine:
 
     def _drop(self, key: Hashable, reason: Exception) -> None:
         stay = self._states.pop(key, None)
+        self._state_bytes -= stay.counted if stay else 0
         self._lanes.forget(key)
         waiting = [*self._unread.pop(key, ()), *(stay.waiting if stay else ())]
         for request in waiting:

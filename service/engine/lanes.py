@@ -109,8 +109,10 @@ class Lanes:
                 continue
             try:
                 run(rows, outcome)
+                continue
             except OutOfMemory:
-                self._make_room(rows, outcome)
+                pass  # first let go of the error, which holds on to what the tick had allocated
+            self._make_room(rows, outcome)
         return outcome
 
     def check_integrity(self) -> None:
@@ -142,14 +144,14 @@ class Lanes:
             self._tokens.withdraw(key)
             return False
         self._hours.withdraw(key)  # heads read the tokens of the hour
-        self._tokens.extend(key, stay.valid_rows, n_rows, background=stay.background)
+        self._tokens.extend(key, stay.valid_rows, n_rows, stay.urgency)
         return True
 
     def _await_hours(self, key: Hashable) -> bool:
         stay = self._stays[key]
         if stay.valid >= stay.n_hours:
             return False
-        self._hours.extend(key, stay.valid, stay.n_hours, background=stay.background)
+        self._hours.extend(key, stay.valid, stay.n_hours, stay.urgency)
         if self._hours.is_rebuild(key) and stay.rebuild_since is None:
             stay.rebuild_since = self._clock()
         return True

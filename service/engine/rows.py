@@ -28,6 +28,11 @@ class Rows(Generic[_T]):
         found: NDArray[_T] = self._data[row]
         return found
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory, with the room for more."""
+        return self._data.nbytes
+
     def append(self, row: NDArray[Any]) -> None:
         """One row more."""
         if self._n == len(self._data):

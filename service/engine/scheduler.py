@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 from service.engine.slots import Lease, SlotError, SlotTable
@@ -43,6 +44,17 @@ class Stay:
         return self.reached >= self.n_rows
 
 
+class Urgency(IntEnum):
+    """Why a rebuild is wanted, the most urgent first."""
+
+    LIVE = 0
+    """Somebody waits for what is known now."""
+    PAST = 1
+    """Somebody waits for what was known once."""
+    BACKGROUND = 2
+    """Nobody waits for it."""
+
+
 class Row(NamedTuple):
     """One row of a tick."""
 
@@ -52,8 +64,8 @@ class Row(NamedTuple):
 
 
 class Scheduler:
-    """Three queues: live stays get their next rows first, then rebuilds that somebody waits for,
-    and rebuilds in the background fill what is left of a tick.
+    """Live stays get their next rows first, then rebuilds by their urgency: of live stays that
+    somebody waits for, of the past, in the background.
 
     Live stays take turns, one row each, so that a long one cannot starve the others. Rebuilds go
     one after the other: in turns all of them would end as late as the last. With `chained` false a
@@ -66,8 +78,7 @@ class Scheduler:
         self._window = window
         self._chained = chained
         self._live: deque[Hashable] = deque()
-        self._rebuild: deque[Hashable] = deque()
-        self._background: deque[Hashable] = deque()
+        self._rebuilds: tuple[deque[Hashable], ...] = tuple(deque() for _ in Urgency)
         self._queued: dict[Hashable, deque[Hashable]] = {}
 
     @property
@@ -94,24 +105,23 @@ class Scheduler:
             stay.reached = min(stay.reached, row)
 
     def extend(
-        self, key: Hashable, from_row: int, n_rows: int, *, background: bool = False
+        self, key: Hashable, from_row: int, n_rows: int, urgency: Urgency = Urgency.LIVE
     ) -> None:
         """Rows `from_row` .. `n_rows - 1` of a stay are to be computed.
 
         A stay whose slot is empty and that has more than one row is rebuilt; any other is live.
-        With `background` nobody waits for it, until it is asked for again without.
+        Asked for again with more urgency, it moves up.
         """
         self.crop(key, from_row)
         stay = self.stays[key]
         stay.n_rows = n_rows
-        held = self._queued.get(key)
+        held, rebuilds = self._queued.get(key), self._rebuilds[urgency]
         if held is None:
             rebuild = stay.first == stay.reached and n_rows - stay.reached > 1
-            rebuilds = self._background if background else self._rebuild
             self._enter(key, rebuilds if rebuild else self._live)
-        elif held is self._background and not background:
+        elif any(held is less for less in self._rebuilds[urgency + 1 :]):
             held.remove(key)
-            self._enter(key, self._rebuild)
+            self._enter(key, rebuilds)
 
     def next_tick(self, max_rows: int) -> list[Row]:
         """The rows of the next tick, those of one stay in order; empty when nothing is to be done.
@@ -119,7 +129,7 @@ class Scheduler:
         The caller computes them and calls `done`.
         """
         rows: list[Row] = []
-        for queue in (self._live, self._rebuild, self._background):
+        for queue in self._queues:
             if len(rows) < max_rows:  # a queue that gets no row keeps its order of turns
                 self._fill(queue, rows, max_rows)
         return rows
@@ -215,9 +225,12 @@ class Scheduler:
                 raise SlotError("a stay without a slot is said to hold rows")
             if not stay.first <= stay.reached <= min(stay.needed, stay.first + self._window):
                 raise SlotError("the counts of a stay do not fit")
-        queues = (self._live, self._rebuild, self._background)
-        if self._queued != {key: queue for queue in queues for key in queue}:
+        if self._queued != {key: queue for queue in self._queues for key in queue}:
             raise SlotError("a queue has lost a stay")
+
+    @property
+    def _queues(self) -> tuple[deque[Hashable], ...]:
+        return self._live, *self._rebuilds
 
     def _window_of(self, row: int) -> int:
         """First row of the window that a row stands in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from llm4ehr.episode import (
 from service.core import AnswerLayout, EpisodeView, HourScores, Scores
 from service.engine.backends.shapes import token_positions
 from service.engine.rows import Rows
+from service.engine.scheduler import Urgency
 from service.engine.tokens import TokenRows
 from service.projection import model_episode
 
@@ -62,6 +64,8 @@ class HeldStay:
         self.z: Rows[np.float32] | None = None
         self.valid_rows = 0
         self.reached = 0  # hours that were ever computed
+        self.counted = 0
+        """Bytes that the engine has put down for it."""
         self.waiting: list[Request] = []
         self.rebuild_since: float | None = None
         self._layout = layout
@@ -72,9 +76,28 @@ class HeldStay:
         return 0 if self.features is None else len(self.features.series)
 
     @property
-    def background(self) -> bool:
-        """Whether nobody waits for it."""
-        return all(request.background for request in self.waiting)
+    def urgency(self) -> Urgency:
+        """Who waits for it."""
+        if self.scratch:
+            return Urgency.PAST
+        nobody = all(request.background for request in self.waiting)
+        return Urgency.BACKGROUND if nobody else Urgency.LIVE
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the arrays."""
+        features, episode = self.features, self.episode
+        parts: list[NDArray[Any]] = [
+            episode.obs_hours,
+            episode.obs_value,
+            episode.ev_hours,
+            episode.ev_value,
+        ]
+        parts += [episode.ev_code, self.tokens.ids, self.tokens.hours]
+        if features is not None:
+            parts += [features.series, features.events, features.observed]
+        rows = (self.hidden, self.answers, self.z)
+        return sum(p.nbytes for p in parts) + sum(r.n_bytes for r in rows if r is not None)
 
     @property
     def valid(self) -> int:
@@ -130,6 +153,7 @@ class Reader:
 
     def __init__(self, network: Network) -> None:
         self._network = network
+        self._fused = network.model.config.events == "fused"
         window = token_positions(network)
         self.tokens = TokenRows(window) if window else None
         """How tokens become rows, if the heads read an event stream."""
@@ -148,12 +172,23 @@ class Reader:
         features = featurise(
             episode, network.vocabulary, network.preprocessing, n_hours, known, first
         )
-        hour = first if known is None else _common_hours(known, features, first)
+        hour = first if known is None else self._common_hours(known, features, first)
         if self.tokens is not None:
             hour = min(hour, self._read_tokens(stay, self.tokens, episode, n_hours))
         stay.episode, stay.features, stay.seq = episode, features, view.seq
         stay.crop(hour)
         return hour
+
+    def _common_hours(self, old: Features, new: Features, first: int) -> int:
+        """Number of leading hours with the same features, bit for bit; up to `first` they are."""
+        n = min(len(old.series), len(new.series))
+        part = slice(first, n)
+        differs = (old.series[part] != new.series[part]).any(1)
+        if self._fused:
+            differs |= (old.events[part] != new.events[part]).any(1)
+        # Answers show it; not all inputs do.
+        differs |= (old.observed[part] != new.observed[part]).any(1)
+        return int(np.argmax(differs)) + first if differs.any() else n
 
     def _read_tokens(self, stay: HeldStay, rows: TokenRows, episode: Episode, n_hours: int) -> int:
         """The same for the tokens; returns the hour of the first that differs."""
@@ -178,14 +213,3 @@ def features_of(stay: HeldStay) -> Features:
     """Features of a stay that was read."""
     assert stay.features is not None
     return stay.features
-
-
-def _common_hours(old: Features, new: Features, first: int) -> int:
-    """Number of leading hours in which the features are the same; they are so up to `first`."""
-    n = min(len(old.series), len(new.series))
-    part = slice(first, n)
-    differs = (old.series[part] != new.series[part]).any(1)
-    differs |= (old.events[part] != new.events[part]).any(1)
-    # Answers show it; not all inputs do.
-    differs |= (old.observed[part] != new.observed[part]).any(1)
-    return int(np.argmax(differs)) + first if differs.any() else n

@@ -70,6 +70,7 @@ class Bundles:
             backend,
             metrics,
             max_pending=self._settings.max_pending,
+            max_state_bytes=self._settings.state_memory_mib << 20,
             numerics=how,
             turn=lambda: self._turns.turn(me),
             on_fatal=fatal,

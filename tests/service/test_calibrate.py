@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm4ehr.bundle import Network
 from service import calibrate
 from service.__main__ import main
-from service.calibrate import Candidate, choose, measure, thread_counts
+from service.calibrate import Candidate, choose, choose_verified, measure, starts, thread_counts
+from service.engine.backends.base import RowDependenceError
 from service.engine.backends.shapes import slots_for
 from service.settings import SETTINGS_FILE, Settings
 from tests.online import save_tiny, tiny_bundle
@@ -118,3 +120,31 @@ def test_onnx_has_no_more_rows_than_half_of_its_slots(
     slots = slots_for(bundle.network, 1 << 20)
     rows = calibrate.most_rows(bundle, Settings(backend="onnx-cpu", kv_memory_mib=1))
     assert slots / 4 < rows <= slots / 2 < 512
+
+
+def test_what_the_service_would_refuse_is_not_chosen() -> None:
+    seconds = grid(4, lambda threads, rows: 0.001 + rows * 0.0001 / threads)
+    best = choose(seconds, 0.02, 4)
+    refused = {best}
+    found = choose_verified(seconds, 0.02, 4, lambda c: c not in refused)
+    assert found not in refused
+    assert found == choose({c: s for c, s in seconds.items() if c != best}, 0.02, 4)
+    with pytest.raises(ValueError, match="independent"):
+        choose_verified(seconds, 0.02, 4, lambda c: False)
+
+
+def test_the_choice_is_tried_on_this_machine(
+    tiny_network: Callable[..., Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, settings = tiny_bundle(tiny_network), Settings(kv_memory_mib=1)
+    threads = torch.get_num_threads()
+    try:
+        assert starts(bundle, settings, Candidate(1, 8))
+
+        def refuse(*args: object) -> None:
+            raise RowDependenceError
+
+        monkeypatch.setattr("service.calibrate.agreeing_sizes", refuse)
+        assert not starts(bundle, settings, Candidate(1, 8))
+    finally:
+        torch.set_num_threads(threads)

@@ -148,7 +148,7 @@ class OnnxBackend:
     def agreeing_lengths(self) -> tuple[int, ...]:
         """Lengths of the past, rising, in which every row has the bits of the longest.
 
-        Tried in all tick sizes on random rows near the end of each length. Overwrites slots: call
+        Tried in all tick sizes on random rows at all hours of each length. Overwrites slots: call
         before they are used. Leaves `past_lengths` at the longest.
         """
         rng = np.random.default_rng(0)
@@ -162,7 +162,8 @@ class OnnxBackend:
                     rng.standard_normal((n, width), np.float32)
                     for width in (self.config.n_series, self.config.n_event_channels)
                 ]
-                hours = rng.integers(max(length - _STRIDE, 0), length + 1, n).tolist()
+                hours = rng.integers(0, length + 1, n).tolist()
+                hours[0] = length
                 got = []
                 for self.past_lengths in ((length,), (longest,)):
                     result = self.tick(rows[0], rows[1], range(n), hours)

@@ -164,15 +164,18 @@ def slot_library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where there is none; says so in the log once."""
     try:
         return find_library()
-    except KernelError as error:
+    except (KernelError, OSError) as error:
         _log.warning("attention without the compiled kernel, which is slower: %s", error)
         return None
 
 
 def find_library() -> ctypes.CDLL:
-    """The library beside this module, in the cache, or built now. Raises KernelError."""
+    """The library beside this module, in the cache, or built now. Raises KernelError, OSError."""
     if _BESIDE.is_file():
-        return _load(_BESIDE)
+        try:
+            return _load(_BESIDE)
+        except KernelError as error:  # of another version or machine
+            _log.warning("%s", error)
     compiler = _compiler()
     try:
         cached = _cache_folder() / f"slot_kernel-{_key(compiler)}.so"

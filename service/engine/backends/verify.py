@@ -37,10 +37,11 @@ def agreeing_sizes(backend: Sizable, network: Network, max_rows: int) -> tuple[i
 
     Rows of as many stays as there are slots for (at most 40), in company and alone, in several
     slots, and one in every place, at short and long positions, hours and event tokens. Overwrites
-    slots: call before they are used. Leaves `tick_sizes` at the largest. Raises RowDependenceError if not even
-    that one gives the same bits again, NotFinite if a number that comes out is none.
+    slots: call before they are used. Leaves `tick_sizes` at the largest. Raises RowDependenceError
+    if not even that one gives the same bits again, NotFinite if a number that comes out is none.
     """
     *smaller, largest = candidate_sizes(max_rows)
+    below = smaller[-1] if smaller else 1
     n_stays = min(backend.n_slots, _STAYS)
     try:
         agreeing = [largest]
@@ -51,8 +52,8 @@ def agreeing_sizes(backend: Sizable, network: Network, max_rows: int) -> tuple[i
                 raise NotFinite("the model gives numbers that are not finite")
             if not _agrees(rows, largest, expected, backend.chained):
                 raise RowDependenceError(
-                    "on this machine a row's result depends on the rows beside it; "
-                    "set LLM4EHR_ENGINE_ROWS=1"
+                    f"on this machine a row's result depends on the {largest} rows of its tick; "
+                    f"set LLM4EHR_ENGINE_ROWS={below}, or another number of threads"
                 )
             for size in list(smaller):
                 backend.tick_sizes = (size,)

@@ -364,10 +364,11 @@ async def test_more_stays_than_slots(
 
 async def test_states_are_bounded(bundle: Bundle, replica: Replica, random_episode: Stay) -> None:
     stays = [random_episode(seed, 4) for seed in range(6)]
-    async with engine_on(bundle, max_states=2) as engine:
+    async with engine_on(bundle, max_state_bytes=20_000) as engine:
         for stay in (*stays, *stays):
             assert_same_bits(await engine.submit(view_of(stay)), replica(stay))
-        assert len(engine._states) == 2
+            assert engine.status().stays < len(stays)
+        assert engine.status().stays > 1
         futures = [engine.submit(view_of(stay)) for stay in stays]
         for stay, scores in zip(stays, await asyncio.gather(*futures), strict=True):
             assert_same_bits(scores, replica(stay))

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.engine.scheduler import Row, Scheduler
+from service.engine.scheduler import Row, Scheduler, Urgency
 from service.engine.slots import Lease, SlotError, SlotTable
 
 KEYS = st.sampled_from(["a", "b", "c", "d", "e"])
@@ -42,8 +42,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.cells: dict[tuple[int, int], tuple[str, int, int]] = {}
         self.owner: dict[int, str] = {}
 
-    @rule(key=KEYS, unchanged=HOURS, n_hours=HOURS, background=st.booleans())
-    def submit(self, key: str, unchanged: int, n_hours: int, background: bool) -> None:
+    @rule(key=KEYS, unchanged=HOURS, n_hours=HOURS, urgency=st.sampled_from(Urgency))
+    def submit(self, key: str, unchanged: int, n_hours: int, urgency: Urgency) -> None:
         """A stay of `n_hours` arrives, the first `unchanged` of them as they were."""
         n_hours = max(n_hours, self.wanted.get(key, 0))
         for hour in range(unchanged, 13):
@@ -51,7 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.valid[key] = min(self.valid[key], unchanged)
         self.scheduler.crop(key, unchanged)
         if self.valid[key] < n_hours:
-            self.scheduler.extend(key, self.valid[key], n_hours, background=background)
+            self.scheduler.extend(key, self.valid[key], n_hours, urgency)
             self.wanted[key] = n_hours
         else:
             assert key not in self.wanted
@@ -180,9 +180,10 @@ def test_rebuilds_go_one_after_the_other() -> None:
 def test_who_is_waited_for_goes_before_the_background() -> None:
     made = scheduler()
     for key in "abc":
-        made.extend(key, 0, 3, background=True)
+        made.extend(key, 0, 3, Urgency.BACKGROUND)
+    made.extend("p", 0, 2, Urgency.PAST)
     made.extend("d", 0, 2)
-    assert run(made, 3) == ["d0", "d1", "a0"]
+    assert run(made, 5) == ["d0", "d1", "p0", "p1", "a0"]
     made.extend("c", 0, 3)  # now somebody waits for it as well
     assert run(made, 9) == ["c0", "c1", "c2", "a1", "a2", "b0", "b1", "b2"]
     assert made.waiting == 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from service.engine.backends import slot_kernel
 from service.engine.backends.slot_attention import SlotCache
-from service.engine.backends.slot_kernel import KernelError, SlotKernel, build, slot_library
+from service.engine.backends.slot_kernel import SlotKernel, build, slot_library
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from tests.backends import (
     N_HOURS,
@@ -220,7 +220,7 @@ def test_a_library_beside_the_module_is_taken_if_it_is_of_this_source(
     monkeypatch.setattr(slot_kernel, "_compiler", lambda: pytest.fail("not needed"))
     assert slot_kernel.find_library().slot_attention
     monkeypatch.setattr(slot_kernel, "_digest", lambda: "0" * 64)
-    with pytest.raises(KernelError, match="another source"):
+    with pytest.raises(pytest.fail.Exception, match="not needed"):  # so another one is made
         slot_kernel.find_library()
 
 
@@ -243,18 +243,17 @@ def test_without_a_kernel_torch_attends(
 ) -> None:
     if fault == "a file that is none":
         (nowhere / "beside.so").write_text("no library")
-    else:
-        monkeypatch.setenv("PATH", "" if fault == "no compiler" else str(nowhere))
-        monkeypatch.delenv("CC", raising=False)
-        (nowhere / "cc").write_text("#!/bin/sh\necho error: no >&2\nexit 1\n")
-        (nowhere / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(nowhere) if fault == "a compiler that fails" else "")
+    monkeypatch.delenv("CC", raising=False)
+    (nowhere / "cc").write_text("#!/bin/sh\necho error: no >&2\nexit 1\n")
+    (nowhere / "cc").chmod(0o755)
     slot_library.cache_clear()
     try:
         network, stay = tuned(tiny_network, "gpt2", "plain"), random_episode(1, N_HOURS)
         backend = backend_of(network)
         assert backend.kernel == "reference"
         assert_like_offline(network, stay, STEPS)
-        (line,) = (r.getMessage() for r in caplog.records if r.name == slot_kernel.__name__)
+        *_, line = (r.getMessage() for r in caplog.records if r.name == slot_kernel.__name__)
         assert "without the compiled kernel" in line
     finally:
         slot_library.cache_clear()
