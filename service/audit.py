@@ -14,6 +14,7 @@ from service.core import EngineStopped, ModelFault, Overloaded, Scores, episode_
 from service.log.base import EventLog, LogUnavailable
 from service.memory import Memory
 from service.models.manager import Models
+from service.models.version import Serving
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Auditor:
         self._interval_s = interval_s
         self._random = random
         self._sleep = sleep
+        self._turn = -1
         self._task: asyncio.Task[None] | None = None
         self._audits = Counter(
             "llm4ehr_replay_audits", "Stays computed again from the log", registry=registry
@@ -73,36 +75,47 @@ class Auditor:
                 _logger.error("an audit failed: %s", type(error).__name__)
 
     async def audit(self) -> Outcome:
-        """Check one stay of the model that answers; `skipped` if there is none, or no time for it.
+        """Check one stay of one version: the active one and those that are ready, in turn.
+        `skipped` if nothing is kept of it, or there is no time for it.
 
         Raises EngineStopped, LogUnavailable, ModelFault, Overloaded.
         """
-        with self._models.serving() as serving:
-            engine, live = serving.model.engine, serving.live
-            scored = [s.episode_id for s in live.summaries if s.scored_seq == s.seq]
-            if not engine.idle() or not scored:
-                return "skipped"
-            episode_id = self._random.choice(scored)
-            state = await self._memory.load(episode_id)
-            if state is None or state.view.deleted or state.view.head_hour < 0:
-                return "skipped"
-            served = await live.newest(state, 0)
-            # The log, not the memory: what is wrong there is to be found as well.
-            entries = await self._log.entries(episode_id)
-            if entries[-1].seq != served.view.seq:
-                return "skipped"
-            view = episode_at(entries)
-            fresh = await engine.submit_as_of(view, len(served.scores.hours))
-            equal = _same_bits(fresh, served.scores)
-            self._audits.inc()
-            if equal:
-                return "equal"
-            self._mismatches.inc()
-            _logger.critical("an audit found other numbers than were served; scoring the stay anew")
-            self._memory.drop(episode_id)
-            if (state := await self._memory.load(episode_id)) is not None:
-                live.again(state)
-            return "different"
+        versions = self._models.kept_up()
+        if not self._models.active.model.engine.idle() or not versions:
+            return "skipped"
+        self._turn += 1
+        serving = versions[self._turn % len(versions)]
+        with serving.version.used():
+            return await self._audit(serving)
+
+    async def _audit(self, serving: Serving) -> Outcome:
+        engine, live = serving.model.engine, serving.live
+        # What is not kept is computed when it is asked for: there is nothing to compare with.
+        states = live.kept_states()
+        if not engine.idle() or not states:
+            return "skipped"
+        state = self._random.choice(states)
+        episode_id, served = state.episode_id, live.kept(state)
+        # The log, not the memory: what is wrong there is to be found as well.
+        entries = await self._log.entries(episode_id)
+        if served is None or entries[-1].seq != served.view.seq:
+            return "skipped"
+        view = episode_at(entries)
+        if view.deleted or view.head_hour < 0:
+            return "skipped"
+        fresh = await engine.submit_as_of(view, len(served.scores.hours))
+        self._audits.inc()
+        if _same_bits(fresh, served.scores):
+            return "equal"
+        self._mismatches.inc()
+        _logger.critical(
+            "an audit of model %s found other numbers than were served; scoring the stay anew",
+            serving.version.name,
+        )
+        self._memory.drop(episode_id)
+        if (anew := await self._memory.load(episode_id)) is not None:
+            live.again(anew)
+        return "different"
 
 
 def _same_bits(a: Scores, b: Scores) -> bool:

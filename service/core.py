@@ -139,9 +139,10 @@ class HourScores(Sequence[HourScore]):
         )
 
     def __eq__(self, other: object) -> bool:
-        """Whether all answers are the same numbers."""
+        """Whether all answers are the same, between two of these to the last bit."""
         if isinstance(other, HourScores) and self._layout == other._layout:
-            return np.array_equal(self._values, other._values)
+            same_shape = self._values.shape == other._values.shape
+            return same_shape and self._values.tobytes() == other._values.tobytes()
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]

@@ -123,6 +123,10 @@ class LiveScores:
         """What is kept of the scores of a stay."""
         return state.scored.get(self._digest)
 
+    def kept_states(self) -> list[EpisodeState]:
+        """The stays in memory of whose scores something is kept, scored last comes last."""
+        return [state for kept in self._kept.values() if (state := kept()) is not None]
+
     def changed(self, state: EpisodeState) -> None:
         """Take notice of a write and have the episode scored. Never waits and never fails: what was
         written is durable, whatever becomes of its score.

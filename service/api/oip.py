@@ -67,6 +67,8 @@ async def ready(context: ContextDep) -> Response:
         return _error(503, "the log is unavailable")
     if not context.engine.ready():
         return _error(503, "the model is not ready")
+    if context.service.live.catch_up.ended:
+        return _error(503, "stays are not scored any more")
     return JSONResponse({"ready": True})
 
 
