@@ -121,10 +121,10 @@ class CatchUp:
             self.to_score = len(episode_ids)
             self.seen.set()
             await self._score(iter(episode_ids), self._count)
+        await self._all_answered()
         # Those that were written to meanwhile.
         await self._score(self._oldest_behind(), lambda: None)
-        if self._in_flight:
-            await asyncio.wait(self._in_flight)
+        await self._all_answered()
         self.warm.set()
         while True:
             await self._wake.wait()
@@ -167,6 +167,10 @@ class CatchUp:
             except LogUnavailable:
                 _logger.warning("the log cannot be read; trying again")
                 await asyncio.sleep(_LOG_PAUSE_S)
+
+    async def _all_answered(self) -> None:
+        if self._in_flight:
+            await asyncio.wait(self._in_flight)
 
     def _has_room(self) -> bool:
         self._in_flight = {future for future in self._in_flight if not future.done()}

@@ -131,6 +131,7 @@ class FakeEngine:
         self.held = False
         self.full = False
         self.broken = False
+        self.fault: Exception | None = None
         self.secret = "failed on the value 4711 of patient 0815"
         self.dead = False
         self.is_ready = True
@@ -189,6 +190,8 @@ class FakeEngine:
         future: asyncio.Future[Scores] = loop.create_future()
         if self.broken:
             future.set_exception(RuntimeError(self.secret))
+        elif self.fault is not None:
+            future.set_exception(self.fault)
         elif self.held:
             self.waiting.append((view, n, future))
         else:
