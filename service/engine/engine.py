@@ -93,7 +93,7 @@ class OnlineEngine:
             tracing=tracing,
         )
         self._inbox: queue.SimpleQueue[Request | Hashable | None] = queue.SimpleQueue()
-        self._unread: OrderedDict[Hashable, list[Request]] = OrderedDict()
+        self._unread: dict[Hashable, list[Request]] = {}
         self._pending = 0  # futures not done; touched on the event loop only
         self._scratch_keys = itertools.count()
         self._failure: BaseException | None = None
@@ -204,7 +204,9 @@ class OnlineEngine:
         try:
             while self._take_requests():
                 self._tick()
-                self._lanes.observe(len(self._unread))
+                # Of what is not read yet, the hours are known, but not how many have changed.
+                hours = sum(requests[-1].n_hours for requests in self._unread.values())
+                self._lanes.observe(len(self._unread), hours)
         except BaseException as error:
             self._failure = error
             # The type is enough for a log line; a message might quote a patient's value.

@@ -120,12 +120,18 @@ class Lanes:
         for lane in self._all:
             lane.check_integrity(self._stays.keys())
 
-    def observe(self, unread: int) -> None:
-        """Put the figures of the moment into the metrics; `unread` stays wait besides."""
+    def observe(self, unread: int, unread_hours: int) -> None:
+        """Put the figures of the moment into the metrics; `unread` stays with so many hours wait
+        besides.
+        """
         for lane in self._all:
             self._metrics.evicted(lane.slots.evictions)
             lane.slots.evictions = 0
-        self._metrics.backlog(self.waiting + unread, sum(lane.rows_waiting for lane in self._all))
+        rows: dict[TickKind, int] = {"hours": self._hours.rows_waiting + unread_hours}
+        if self._tokens is not None:
+            rows["tokens"] = self._tokens.rows_waiting
+        ticks = {kind: -(-n // self._backend.tick_sizes[-1]) for kind, n in rows.items()}
+        self._metrics.backlog(self.waiting + unread, sum(rows.values()), ticks)
         slots = self.slots
         self._metrics.memory(
             used=slots.used,

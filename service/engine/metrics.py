@@ -7,6 +7,7 @@ observes through its own `EngineMetrics`, whose samples carry the model version 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -28,7 +29,7 @@ SECONDS = (
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
-# Weight of the newest tick in the running mean of the time of a row.
+# Weight of the newest tick in the running mean of the time of a tick.
 _SMOOTHING = 0.05
 
 
@@ -97,8 +98,8 @@ class EngineMetrics:
     ) -> None:
         self._registry = registry
         self._families = of = families or _Families(registry)
-        self._seconds_per_row = 0.0
-        self._n_pending_rows = 0
+        self._seconds_per_tick: dict[TickKind, float] = {}
+        self._pending_ticks: Mapping[TickKind, int] = {}
         # Looked up once: by labels it takes as long as the observation itself.
         self._queue = of.queue.labels(model)
         self._answer = of.answer.labels(model)
@@ -131,8 +132,8 @@ class EngineMetrics:
         """The backend computed a tick of `rows` rows that somebody reads."""
         self._tick[kind].observe(seconds)
         self._tick_rows[kind].observe(rows)
-        mean, newest = self._seconds_per_row, seconds / max(rows, 1)
-        self._seconds_per_row = mean + _SMOOTHING * (newest - mean) if mean else newest
+        mean = self._seconds_per_tick.get(kind, seconds)
+        self._seconds_per_tick[kind] = mean + _SMOOTHING * (seconds - mean)
 
     def computed(self, cause: Cause, rows: int = 1) -> None:
         """So many rows were computed for this cause."""
@@ -142,9 +143,9 @@ class EngineMetrics:
         """A whole stay was computed again, so long after its first row was due."""
         self._rebuild.observe(seconds)
 
-    def backlog(self, stays: int, rows: int) -> None:
-        """What waits to be computed now."""
-        self._n_pending_rows = rows
+    def backlog(self, stays: int, rows: int, ticks: Mapping[TickKind, int]) -> None:
+        """What waits to be computed now, and how many ticks it takes at least."""
+        self._pending_ticks = ticks
         self._pending_stays.set(stays)
         self._pending_rows.set(rows)
 
@@ -173,5 +174,7 @@ class EngineMetrics:
 
     def retry_after_s(self) -> int:
         """When to ask again: the time that the backlog takes at the measured pace, 1 to 30."""
-        seconds = self._n_pending_rows * self._seconds_per_row
+        # Times of ticks: that of a row depends on how many share its tick.
+        pace = self._seconds_per_tick
+        seconds = sum(n * pace.get(kind, 0.0) for kind, n in self._pending_ticks.items())
         return min(max(math.ceil(seconds), 1), MAX_RETRY_S)

@@ -79,7 +79,7 @@ class Bundles:
 
         def close() -> None:
             engine.close()
-            metrics.backlog(stays=0, rows=0)
+            metrics.backlog(stays=0, rows=0, ticks={})
             metrics.memory(used=0, free=0)
 
         return Model(

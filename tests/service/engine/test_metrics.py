@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Mapping
+from itertools import count
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -10,8 +12,10 @@ from prometheus_client import CollectorRegistry
 from llm4ehr.bundle import Network
 from llm4ehr.episode import Episode
 from service.engine.backends.shapes import slot_bytes
-from service.engine.metrics import MAX_RETRY_S, EngineMetrics
-from tests.online import engine_on, tiny_bundle, view_of
+from service.engine.backends.torch_cpu import TorchCpuBackend
+from service.engine.engine import OnlineEngine
+from service.engine.metrics import MAX_RETRY_S, EngineMetrics, TickKind
+from tests.online import ROWS, Gate, engine_on, tiny_bundle, view_of
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def test_every_observation_has_its_instrument(registry: CollectorRegistry) -> No
     metrics.computed("new", 3)
     metrics.computed("rebuild")
     metrics.rebuilt(0.5)
-    metrics.backlog(stays=4, rows=9)
+    metrics.backlog(stays=4, rows=9, ticks={"hours": 1})
     metrics.memory(used=5, free=6, lost=7, kv_bytes=8)
     metrics.evicted(2)
     metrics.ran_out_of_memory()
@@ -61,8 +65,8 @@ def test_every_observation_has_its_instrument(registry: CollectorRegistry) -> No
 def test_engines_of_one_process_are_told_apart(registry: CollectorRegistry) -> None:
     first = EngineMetrics(registry, "m/1")
     second = first.of("m/2")
-    first.backlog(stays=1, rows=10)
-    second.backlog(stays=2, rows=20)
+    first.backlog(stays=1, rows=10, ticks={"hours": 1})
+    second.backlog(stays=2, rows=20, ticks={"hours": 1})
     found = [
         registry.get_sample_value("llm4ehr_engine_pending_rows", {"model": m})
         for m in ("m/1", "m/2")
@@ -92,20 +96,60 @@ async def test_an_engine_tells_its_memory_and_its_rows(
     assert value("engine_tick_rows_sum", kind="hours") == 5
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"), [(0, 1), (50, 1), (250, 3), (1_000_000, MAX_RETRY_S)]
-)
+@pytest.mark.parametrize(("ticks", "expected"), [(0, 1), (1, 1), (8, 3), (1_000_000, MAX_RETRY_S)])
+@pytest.mark.parametrize("rows", [1, 32])
 def test_when_to_ask_again_follows_backlog_and_pace(
-    registry: CollectorRegistry, rows: int, expected: int
+    registry: CollectorRegistry, ticks: int, expected: int, rows: int
 ) -> None:
     metrics = EngineMetrics(registry)
     for _ in range(3):
-        metrics.tick("hours", 0.32, 32)  # a hundred rows a second
-    metrics.backlog(stays=1, rows=rows)
+        metrics.tick("hours", 0.32, rows)  # the tick takes its time, however few rows it had
+    metrics.backlog(stays=1, rows=1, ticks={"hours": ticks})
     assert metrics.retry_after_s() == expected
+
+
+def test_each_kind_of_tick_has_its_pace(registry: CollectorRegistry) -> None:
+    metrics = EngineMetrics(registry)
+    metrics.tick("hours", 2.0, 1)
+    metrics.tick("tokens", 0.5, 1)
+    metrics.backlog(stays=1, rows=1, ticks={"hours": 1, "tokens": 4})
+    assert metrics.retry_after_s() == 4
 
 
 def test_before_the_first_tick_nothing_is_known_of_the_pace(registry: CollectorRegistry) -> None:
     metrics = EngineMetrics(registry)
-    metrics.backlog(stays=1, rows=10_000)
+    metrics.backlog(stays=1, rows=10_000, ticks={"hours": 500})
     assert metrics.retry_after_s() == 1
+
+
+@pytest.mark.anyio
+async def test_stays_that_are_not_read_yet_count(
+    registry: CollectorRegistry,
+    tiny_network: Callable[..., Network],
+    random_episode: Callable[..., Episode],
+    anyio_backend: str,
+) -> None:
+    """The clock is so fast that one of them is read before every tick."""
+    bundle = tiny_bundle(tiny_network)
+    backend = Gate(TorchCpuBackend(bundle.network, n_slots=4, max_rows=ROWS))
+    seen: list[tuple[int, int, int]] = []
+
+    class Watched(EngineMetrics):
+        def backlog(self, stays: int, rows: int, ticks: Mapping[TickKind, int]) -> None:
+            seen.append((stays, rows, ticks["hours"]))
+            super().backlog(stays, rows, ticks)
+
+    engine = OnlineEngine(bundle, backend, Watched(registry), max_pending=9, clock=count().__next__)
+    engine.start()
+    try:
+        backend.open.clear()
+        first = engine.submit(view_of(random_episode(0, 1)))
+        await asyncio.to_thread(backend.entered.wait, 60)
+        views = [view_of(random_episode(seed, 20)) for seed in (1, 2, 3, 4)]
+        futures = [first, *(engine.submit(view) for view in views)]
+        backend.open.set()
+        await asyncio.gather(*futures)
+    finally:
+        engine.close()
+    # After a tick with 16 of the 20 hours of the stay that was read.
+    assert (4, 4 + 3 * 20, 4) in seen
