@@ -16,13 +16,15 @@ from prometheus_client import CollectorRegistry
 
 from llm4ehr.bundle import Bundle, Network, save_bundle
 from llm4ehr.calibration import Calibration, Interval, OutputMap, default_calibration
-from llm4ehr.episode import Episode, featurise
+from llm4ehr.episode import Episode, event_tokens, featurise
 from llm4ehr.variables import VARIABLE_INDEX
 from service.core import EpisodeView, HourScore, HoursInterval, Scores
 from service.engine.backends.base import Backend, TickResult
+from service.engine.backends.shapes import token_positions
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.engine.engine import OnlineEngine
 from service.engine.metrics import EngineMetrics
+from service.engine.tokens import TokenRows
 from service.models.version import Model
 
 HEADS = {"decompensation": 1, "mortality": 1, "remaining_los": 1, "phenotyping": 2}
@@ -163,10 +165,14 @@ class Replica:
         network, calibration = self._bundle.network, self._bundle.calibration
         n = episode.n_hours if n_hours is None else n_hours
         features = featurise(episode, network.vocabulary, network.preprocessing, n)
-        hours, embeddings = [], np.zeros((0, network.model.backbone.hidden_size), np.float32)
+        latest = self._latest(episode, len(features.series))
+        hours, embeddings = [], np.zeros((0, network.model.state_size), np.float32)
         for hour in range(len(features.series)):
             rows = slice(hour, hour + 1)
-            result = self._backend.tick(features.series[rows], features.events[rows], [0], [hour])
+            beside = None if latest is None else latest[rows]
+            result = self._backend.tick(
+                features.series[rows], features.events[rows], [0], [hour], beside
+            )
             at = np.array([hour])
             said = {t: calibration[t](raw, at)[0].tolist() for t, raw in result.raw.items()}
             los = calibration["remaining_los"]
@@ -187,6 +193,21 @@ class Replica:
             )
             embeddings = np.append(embeddings, result.hidden, axis=0)
         return Answers(tuple(hours), embeddings)
+
+    def _latest(self, episode: Episode, n_hours: int) -> NDArray[np.float32] | None:
+        """State of the last token of each hour, one token after the other; None without stream."""
+        network = self._bundle.network
+        if not (window := token_positions(network)):
+            return None
+        rows = TokenRows(window)
+        tokens = event_tokens(episode, network.vocabulary, n_hours, network.preprocessing)
+        latest = np.zeros((n_hours, network.model.backbone.hidden_size), np.float32)
+        for row in range(rows.n_rows(len(tokens.ids))):
+            token = rows.token(row)
+            z = self._backend.tick_tokens(tokens.ids[[token]].astype(np.int64), [0], [row % window])
+            if rows.counts(row):
+                latest[tokens.hours[token] :] = z
+        return latest
 
 
 def assert_same_bits(scores: Scores | Answers, expected: Scores | Answers) -> None:

@@ -40,9 +40,10 @@ PATIENCE_S = 60
 EVENTS = ("answer", "go on", "go on", "forget", "restart", "neighbours", "longer", "no memory")
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_network: Make) -> Bundle:
-    return tiny_bundle(tiny_network)
+@pytest.fixture(scope="module", params=["fused", "stream"])
+def bundle(tiny_network: Make, request: pytest.FixtureRequest) -> Bundle:
+    window = {"event_window": 4} if request.param == "stream" else {}
+    return tiny_bundle(tiny_network, events=request.param, **window)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ class Ward:
         assert engine is not None
         self._futures.append(engine.submit(view))
         if event == "answer":
-            await self._futures[-1]
+            await asyncio.wait(self._futures[-1:])
         elif event == "longer":
             self._futures.append(engine.submit(view, N_HOURS + 3))
         elif event == "neighbours":

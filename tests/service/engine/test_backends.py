@@ -171,6 +171,15 @@ def test_a_backbone_shorter_than_a_stay_is_refused(tiny_network: Make) -> None:
             backend_of(replace(network, preprocessing=longer))
 
 
+def test_a_network_that_reads_less_than_a_stay_is_refused(tiny_network: Make) -> None:
+    """It would answer with fewer hours than the API has to show."""
+    network = tiny_network()
+    assert network.preprocessing.max_hours == 200
+    shorter = replace(network.preprocessing, max_hours=199)
+    with pytest.raises(ValueError, match="fewer than the 200 hours"):
+        backend_of(replace(network, preprocessing=shorter))
+
+
 def test_the_network_of_the_bundle_stays_as_it_was(network: Network, stay: Episode) -> None:
     (before,) = score_episodes(network, [stay])
     computed(backend_of(network), features_of(network, stay), PREFILL)

@@ -40,11 +40,18 @@ class Scarce(Gate):
         self._failing = failing
         self.n_calls = 0
 
-    def tick(self, *rows: Any) -> Any:
+    def _count(self) -> None:
         self.n_calls += 1
         if self._failing(self.n_calls):
             raise OutOfMemory
+
+    def tick(self, *rows: Any) -> Any:
+        self._count()
         return super().tick(*rows)
+
+    def tick_tokens(self, *rows: Any) -> Any:
+        self._count()
+        return super().tick_tokens(*rows)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +83,23 @@ async def test_it_goes_on_with_fewer_slots_and_the_same_bits(
     assert {slot for tick in backend.ticks[-3:] for slot, _ in tick} <= {0, 1}
     model = {"model": ""}
     assert registry.get_sample_value("llm4ehr_engine_out_of_memory_total", model) == 1
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 5])
+async def test_both_slot_arrays_go_on_with_fewer_slots(
+    tiny_network: Callable[..., Network], random_episode: Stay, first: int
+) -> None:
+    bundle = tiny_bundle(tiny_network, events="stream", event_window=8)
+    backend = Scarce(bundle, 4, lambda call: call == first)
+    stays = [random_episode(seed, 20) for seed in range(5)]
+    async with engine_on(bundle) as engine:
+        expected = await asyncio.gather(*(engine.submit(view_of(stay)) for stay in stays))
+    async with engine_on(bundle, backend=backend) as engine:
+        for _ in range(2):
+            scores = await asyncio.gather(*(engine.submit(view_of(stay)) for stay in stays))
+            for got, said in zip(scores, expected, strict=True):
+                assert_same_bits(got, said)
+    assert backend.n_slots == 2
 
 
 async def test_without_memory_for_a_single_slot_it_refuses_and_lives_on(
