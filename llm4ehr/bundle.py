@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm4ehr.calibration import Calibration, calibration_from_json, calibration_json
-from llm4ehr.episode import Preprocessing, preprocessing_digest
+from llm4ehr.episode import MAX_HOURS, Preprocessing, preprocessing_digest
 from llm4ehr.model import LLM4EHR, ModelConfig
 from llm4ehr.vocabulary import Vocabulary
 
@@ -74,6 +74,8 @@ class Network:
             return "this network reads a stay out after its end (suffix prompt), cannot be streamed"
         if self.preprocessing.bin_edge != "left":
             return "streaming needs hours closed on the left, as the log has them"
+        if self.preprocessing.max_hours < MAX_HOURS:
+            return f"this network reads fewer than the {MAX_HOURS} hours that a stay may have"
         if self.preprocessing.max_hours > self.model.max_hours:
             return "the backbone has fewer positions than a stay may have hours"
         window = self.model.config.backbone.window

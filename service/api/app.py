@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -41,6 +43,8 @@ from service.models.version import Loader, Model
 from service.settings import Settings
 from service.tracing import OFF, Tracing
 
+_logger = logging.getLogger(__name__)
+
 _DESCRIPTION = """\
 Risk of deterioration, mortality, phenotypes and remaining length of stay for every hour of an
 ICU stay, from observations and events as they come: late, corrected, withdrawn, out of order.
@@ -52,6 +56,13 @@ Times are RFC 3339 with an offset from UTC. Hours count from ICU admission: hour
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody caught. The loop's own message may quote a value, and so may the error's."""
+    error = context.get("exception")
+    frames = "".join(traceback.format_tb(error.__traceback__)) if error is not None else ""
+    _logger.error("unhandled in the background: %s\n%s", type(error).__name__, frames)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +135,9 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        before = loop.get_exception_handler()
+        loop.set_exception_handler(_report)
         service.start()
         auditor.start()
         pulse.start()
@@ -135,6 +149,7 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
             await service.stop()
             await log.close()
             await asyncio.to_thread(tracing.close)
+            loop.set_exception_handler(before)
 
     app = FastAPI(
         title="LLM4EHR",

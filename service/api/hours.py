@@ -18,11 +18,14 @@ from service.api.deps import Context
 from service.api.problems import Problem, documented
 from service.api.schemas import HoursQuery
 from service.api.waiting import bounded, log_retry_after_s, preferred_wait
-from service.core import BundleInfo, EpisodeView, HourStatus, Scores, hour_status
+from service.core import BundleInfo, EpisodeView, HourStatus, Overloaded, Scores, hour_status
 from service.times import format_time
 from service.timing import measured
 
 _PRIVATE = "private, no-store"
+
+# How often an answer may be overtaken by writes that reach further than its scores.
+_MAX_TRIES = 20
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -77,7 +80,7 @@ async def answer(
     """The selected hours, each with what `score_of` reads off the scores (None: withheld).
 
     The entity tag is known before the model is asked, so a poll that finds nothing new costs
-    nothing. Raises Problem, ClientGone.
+    nothing. Raises Problem, ClientGone, Overloaded.
     """
     selection = _selection(query)
     resource = request.url.path.rpartition("/")[2]
@@ -87,7 +90,7 @@ async def answer(
     # Another model may become active meanwhile: this answer is that of one from its begin to end.
     with context.models.serving(query.model_version) as serving:
         bundle = serving.model.engine.bundle
-        while True:
+        for _ in range(_MAX_TRIES):
             # A client that takes what is known may have to wait for the log all the same.
             async with bounded(request, latest, log_retry_after_s):
                 view = await context.service.view(episode_id, query.as_of, query.min_seq)
@@ -110,6 +113,8 @@ async def answer(
                 headers["ETag"] = plan.etag
             if plan.n_hours <= len(scores.hours):
                 break
+        else:
+            raise Overloaded(serving.model.retry_after_s())
     return JSONResponse(_body(plan, scores, bundle, query.as_of, score_of), headers=headers)
 
 

@@ -256,3 +256,11 @@ async def running(
         httpx.AsyncClient(transport=transport, base_url="http://test") as http,
     ):
         yield Client(http, engine, clock, log, app)
+
+
+async def three_hours(client: Client) -> None:
+    """Data in hours 0, 1 and 3, each recorded in time; the clock ends at 3.75."""
+    await client.admit()
+    for hours in (0.5, 1.5, 3.5):
+        client.clock.to(hours + 0.25)
+        await client.post(observations=[hr(60 + hours, hours=hours)])
