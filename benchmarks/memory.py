@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from benchmarks.serving_items import history_body, stay_id
 from benchmarks.serving_process import Service, admitted_long_ago, history
 from llm4ehr.bundle import Bundle
 from service.engine.answers import Answers
-from service.engine.backends.shapes import kv_shape
+from service.engine.backends.shapes import slot_bytes
 from service.engine.stays import HeldStay, Reader
 from service.log.rows import number
 from service.state import EpisodeState
@@ -68,7 +67,7 @@ def parts(hours: int, n: int) -> list[dict[str, Any]]:
     now = datetime.now(UTC)
     states: list[EpisodeState] = []
     held: list[HeldStay] = []
-    reader = Reader(bundle.network)
+    reader, layout = Reader(bundle.network), Answers(bundle).layout
 
     def enter() -> None:
         # Fresh payloads, as they come from a request or from the log.
@@ -78,7 +77,7 @@ def parts(hours: int, n: int) -> list[dict[str, Any]]:
 
     def read() -> None:
         for state in states:
-            stay = HeldStay(False, bundle.network.model.state_size)
+            stay = HeldStay(False, bundle.network.model.state_size, layout)
             reader.read(stay, state.view, hours)
             held.append(stay)
 
@@ -87,7 +86,7 @@ def parts(hours: int, n: int) -> list[dict[str, Any]]:
         "view": _allocated(lambda: [state.view for state in states]),
         "features": _allocated(read),
         "answers": _allocated(lambda: [_answer(bundle, stay) for stay in held]),
-        "slot": n * _slot_bytes(bundle),
+        "slot": n * slot_bytes(bundle.network),
     }
     assert len(drafts) == len(states[0].entries)
     return [
@@ -115,15 +114,6 @@ def _answer(bundle: Bundle, stay: HeldStay) -> None:
     scores = Answers(bundle).rows(raw, np.arange(n), np.zeros(n))
     for score in scores:
         stay.write(score, np.zeros(model.state_size, np.float32))
-
-
-def _slot_bytes(bundle: Bundle) -> int:
-    return (
-        2
-        * 4
-        * bundle.network.preprocessing.max_hours
-        * math.prod(kv_shape(bundle.network).values())
-    )
 
 
 def by_stay(a: argparse.Namespace) -> list[dict[str, Any]]:
