@@ -10,16 +10,10 @@ from starlette.responses import JSONResponse, Response
 from service.api import examples, problems
 from service.api.body import read_json, validate
 from service.api.deps import Context, ContextDep
+from service.api.model_schemas import ModelsOut, PutShadow, ShadowOut, VersionOut
 from service.api.openapi import example, request_body
 from service.api.problems import Problem
-from service.api.schemas import (
-    MODEL_NAME,
-    MODEL_VERSION,
-    ModelsOut,
-    PutShadow,
-    ShadowOut,
-    VersionOut,
-)
+from service.api.schemas import MODEL_NAME, MODEL_VERSION
 from service.catch_up import CatchUp
 from service.models.manager import Models
 from service.models.shadow import Trial

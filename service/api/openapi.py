@@ -10,7 +10,8 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from service.api.schemas import PatchEpisode, PostItemsDescribed, ProblemOut, PutEpisode, PutShadow
+from service.api.model_schemas import PutShadow
+from service.api.schemas import PatchEpisode, PostItemsDescribed, ProblemOut, PutEpisode
 
 _REF = "#/components/schemas/{model}"
 _READ_BY_HAND: tuple[type[BaseModel], ...] = (

@@ -64,19 +64,25 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Flags = list[str]
 
 
-class _Request(BaseModel):
+class Request(BaseModel):
+    """A body of a request; types are not converted."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class _Query(BaseModel):
+class Query(BaseModel):
+    """Parameters of a query."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
+    """What is answered."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class StaticsIn(_Request):
+class StaticsIn(Request):
     """Facts known at admission; all optional."""
 
     age_years: Annotated[float, Field(ge=0, le=130)] | None = None
@@ -86,12 +92,12 @@ class StaticsIn(_Request):
     weight_kg: Annotated[float, Field(ge=0.2, le=700)] | None = None
 
 
-class PutEpisode(_Request):
+class PutEpisode(Request):
     admitted_at: Timestamp
     statics: StaticsIn = Field(default_factory=StaticsIn)
 
 
-class PatchEpisode(_Request):
+class PatchEpisode(Request):
     """Only the fields that are sent change. A static fact or a discharge is taken back by null."""
 
     admitted_at: Timestamp | None = None
@@ -106,7 +112,7 @@ class PatchEpisode(_Request):
         return value
 
 
-class ObservationIn(_Request):
+class ObservationIn(Request):
     """One measured value of one of the 11 variables. Either `variable` or `code` is required."""
 
     id: str | None = None
@@ -120,7 +126,7 @@ class ObservationIn(_Request):
     corrects: str | None = None
 
 
-class EventIn(_Request):
+class EventIn(Request):
     """One coded event: a laboratory result, a drug, a procedure."""
 
     id: str | None = None
@@ -134,14 +140,14 @@ class EventIn(_Request):
     corrects: str | None = None
 
 
-class WithdrawalIn(_Request):
+class WithdrawalIn(Request):
     """Takes an earlier item back."""
 
     id: str | None = None
     withdraws: str
 
 
-class PostItems(_Request):
+class PostItems(Request):
     """What is checked of the whole request; the items are judged one by one."""
 
     admitted_at: Timestamp | None = None
@@ -159,7 +165,7 @@ class PostItemsDescribed(PostItems):
     withdrawals: list[WithdrawalIn]
 
 
-class AsOfQuery(_Query):
+class AsOfQuery(Query):
     as_of: AsOf | None = Field(
         None, description="Answer with what was known at this sequence number or time"
     )
@@ -179,7 +185,7 @@ class HoursQuery(AsOfQuery):
     )
 
 
-class ListQuery(_Query):
+class ListQuery(Query):
     sort: Sort = "risk"
     order: Literal["asc", "desc"] | None = Field(
         None, description="Default: ascending by episode_id, else descending"
@@ -190,12 +196,12 @@ class ListQuery(_Query):
     status: Literal["open", "discharged"] | None = None
 
 
-class ItemErrorOut(_Answer):
+class ItemErrorOut(Answer):
     type: str
     detail: str
 
 
-class ItemResultOut(_Answer):
+class ItemResultOut(Answer):
     list: Literal["observations", "events", "withdrawals"]
     index: int
     status: Literal["accepted", "duplicate", "rejected"]
@@ -223,7 +229,7 @@ class ItemResultOut(_Answer):
         return out
 
 
-class PostedOut(_Answer):
+class PostedOut(Answer):
     episode_id: str
     seq: int
     admission: Literal["created", "unchanged", "differs"] | None
@@ -233,7 +239,7 @@ class PostedOut(_Answer):
     items: list[ItemResultOut]
 
 
-class EpisodeOut(_Answer):
+class EpisodeOut(Answer):
     episode_id: str
     seq: int
     admitted_at: datetime
@@ -246,11 +252,11 @@ class EpisodeOut(_Answer):
     ignored: dict[str, int]
 
 
-class WithheldOut(_Answer):
+class WithheldOut(Answer):
     reason: Literal["no-data", "stale-data", "scoring-disabled", "not-computed"]
 
 
-class PrecisionChangeOut(_Answer):
+class PrecisionChangeOut(Answer):
     """Absolute change of the answers of a task; 99.9 % are at most `p999`."""
 
     unit: Literal["probability", "hours"]
@@ -259,7 +265,7 @@ class PrecisionChangeOut(_Answer):
     mean: float
 
 
-class GateOut(_Answer):
+class GateOut(Answer):
     """What a reduced precision was measured to change on real stays."""
 
     limit: float
@@ -268,13 +274,13 @@ class GateOut(_Answer):
     changes: dict[str, PrecisionChangeOut]
 
 
-class NumericsOut(_Answer):
+class NumericsOut(Answer):
     precision: Literal["fp32", "bf16"]
     backend: str
     gate: GateOut | None
 
 
-class ModelOut(_Answer):
+class ModelOut(Answer):
     model: str
     version: str
     digest: str
@@ -288,7 +294,7 @@ class ProvenanceOut(ModelOut):
     newest_data_at: datetime | None
 
 
-class HourOut(_Answer):
+class HourOut(Answer):
     hour: int
     hour_start: datetime
     hour_end: datetime
@@ -298,7 +304,7 @@ class HourOut(_Answer):
     score_withheld: WithheldOut | None
 
 
-class HoursIntervalOut(_Answer):
+class HoursIntervalOut(Answer):
     """Holds the truth for a share of at least `coverage` of stays like those it was fitted on."""
 
     low: Annotated[float, Field(ge=0)]
@@ -318,7 +324,7 @@ class HourEmbeddingOut(HourOut):
     embedding: list[float] | None
 
 
-class _HoursOut(_Answer):
+class _HoursOut(Answer):
     episode_id: str
     seq: int
     score_withheld: WithheldOut | None
@@ -333,7 +339,7 @@ class EmbeddingsOut(_HoursOut):
     hours: list[HourEmbeddingOut]
 
 
-class EpisodeRowOut(_Answer):
+class EpisodeRowOut(Answer):
     episode_id: str
     seq: int
     admitted_at: datetime
@@ -350,93 +356,20 @@ class EpisodeRowOut(_Answer):
     score_withheld: WithheldOut | None
 
 
-class EpisodeListOut(_Answer):
+class EpisodeListOut(Answer):
     episodes: list[EpisodeRowOut]
     next_cursor: str | None
     complete: bool
     provenance: ModelOut
 
 
-class PutShadow(_Request):
-    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}/[1-9][0-9]{0,8}$")]
-
-
-class FailureOut(_Answer):
-    type: Literal[
-        "bundle-invalid",
-        "not-streamable",
-        "not-gated",
-        "backend-failed",
-        "model-fault",
-        "engine-stopped",
-    ]
-    detail: str
-
-
-class SlotsOut(_Answer):
-    used: int
-    free: int
-    lost: int
-
-
-class ProgressOut(_Answer):
-    """Stays that were open when the version came up, and those that are done; those written to
-    since that wait; how often one could not be scored.
-    """
-
-    scored: int
-    total: int
-    behind: int
-    failed: int
-
-
-class VersionOut(_Answer):
-    name: str
-    version: str
-    state: Literal["available", "loading", "rebuilding", "ready", "active", "unloading", "failed"]
-    since: datetime | None
-    digest: str | None
-    preprocessing_digest: str | None
-    slots: SlotsOut | None
-    progress: ProgressOut | None
-    failure: FailureOut | None
-
-
-class ChangeOut(_Answer):
-    """Absolute differences: of probabilities, and of hours for `remaining_los`."""
-
-    n: int
-    mean: float
-    max: float
-
-
-class ShadowOut(_Answer):
-    """`until` is null while it goes on."""
-
-    model: str
-    against: str
-    since: datetime
-    until: datetime | None
-    compared: int
-    dropped: int
-    failed: int
-    changes: dict[str, ChangeOut]
-
-
-class ModelsOut(_Answer):
-    active: str
-    shadow: ShadowOut | None
-    trials: list[ShadowOut]
-    versions: list[VersionOut]
-
-
-class FieldErrorOut(_Answer):
+class FieldErrorOut(Answer):
     path: str
     type: str
     detail: str
 
 
-class ProblemOut(_Answer):
+class ProblemOut(Answer):
     """RFC 9457 problem details. `detail` never repeats a value or an id."""
 
     type: str

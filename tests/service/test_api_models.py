@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from service.api import schemas
+from service.api import model_schemas as schemas
 from service.models.version import LoadError, Name
 from service.settings import Settings
 from tests.service.fakes import BUNDLE, Client, hr, stamp

@@ -338,42 +338,6 @@ async def test_past_views_share_the_only_slot(
         assert_same_bits(await engine.submit(view_of(grown, seq=31), 31), replica(grown, 31))
 
 
-# Many stays.
-
-
-async def test_more_stays_than_slots(
-    bundle: Bundle, replica: Replica, random_episode: Stay
-) -> None:
-    stays = [random_episode(seed, 10 + 3 * seed) for seed in range(9)]
-    registry = CollectorRegistry()
-    async with engine_on(bundle, n_slots=2, registry=registry) as engine:
-        for n in (8, 10, 10_000):
-            futures = [engine.submit(view_of(until(s, min(n, s.n_hours)), seq=n)) for s in stays]
-            for stay, scores in zip(stays, await asyncio.gather(*futures), strict=True):
-                assert_same_bits(scores, replica(until(stay, min(n, stay.n_hours))))
-
-        def metric(name: str, **labels: str) -> float | None:
-            return registry.get_sample_value(name, {"model": "", **labels})
-
-        assert metric("llm4ehr_kv_evictions_total") >= 7  # the first round alone
-        assert metric("llm4ehr_engine_rows_total", cause="new") == sum(s.n_hours for s in stays)
-        assert metric("llm4ehr_engine_rows_total", cause="rebuild") > 0
-        assert metric("llm4ehr_kv_slots", state="used") == 2
-        assert metric("llm4ehr_engine_pending_stays") == 0
-
-
-async def test_states_are_bounded(bundle: Bundle, replica: Replica, random_episode: Stay) -> None:
-    stays = [random_episode(seed, 4) for seed in range(6)]
-    async with engine_on(bundle, max_state_bytes=20_000) as engine:
-        for stay in (*stays, *stays):
-            assert_same_bits(await engine.submit(view_of(stay)), replica(stay))
-            assert engine.status().stays < len(stays)
-        assert engine.status().stays > 1
-        futures = [engine.submit(view_of(stay)) for stay in stays]
-        for stay, scores in zip(stays, await asyncio.gather(*futures), strict=True):
-            assert_same_bits(scores, replica(stay))
-
-
 async def test_a_forgotten_stay_is_gone(bundle: Bundle, replica: Replica, stay: Episode) -> None:
     registry, backend = CollectorRegistry(), gate(bundle)
     async with engine_on(bundle, backend=backend, registry=registry) as engine:

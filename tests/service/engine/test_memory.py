@@ -1,4 +1,4 @@
-"""The engine when the device has no memory, or is no longer there."""
+"""The engine when there is not memory for all, or the device is no longer there."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.online import (
     engine_of,
     engine_on,
     tiny_bundle,
+    until,
     view_of,
 )
 
@@ -163,3 +164,34 @@ async def test_every_tick_takes_its_turn(bundle: Bundle, random_episode: Stay) -
         await engine.submit(view_of(random_episode(1, 20)))
     assert Turn.taken == len(backend.ticks) > 0
     assert not Turn.inside
+
+
+async def test_more_stays_than_slots(bundle: Bundle, random_episode: Stay) -> None:
+    stays = [random_episode(seed, 10 + 3 * seed) for seed in range(9)]
+    registry = CollectorRegistry()
+    async with engine_on(bundle, n_slots=2, registry=registry) as engine:
+        for n in (8, 10, 10_000):
+            futures = [engine.submit(view_of(until(s, min(n, s.n_hours)), seq=n)) for s in stays]
+            for stay, scores in zip(stays, await asyncio.gather(*futures), strict=True):
+                assert_same_bits(scores, Replica(bundle)(until(stay, min(n, stay.n_hours))))
+
+        def metric(name: str, **labels: str) -> float | None:
+            return registry.get_sample_value(name, {"model": "", **labels})
+
+        assert metric("llm4ehr_kv_evictions_total") >= 7  # the first round alone
+        assert metric("llm4ehr_engine_rows_total", cause="new") == sum(s.n_hours for s in stays)
+        assert metric("llm4ehr_engine_rows_total", cause="rebuild") > 0
+        assert metric("llm4ehr_kv_slots", state="used") == 2
+        assert metric("llm4ehr_engine_pending_stays") == 0
+
+
+async def test_states_are_bounded(bundle: Bundle, random_episode: Stay) -> None:
+    stays = [random_episode(seed, 4) for seed in range(6)]
+    async with engine_on(bundle, max_state_bytes=20_000) as engine:
+        for stay in (*stays, *stays):
+            assert_same_bits(await engine.submit(view_of(stay)), Replica(bundle)(stay))
+            assert engine.status().stays < len(stays)
+        assert engine.status().stays > 1
+        futures = [engine.submit(view_of(stay)) for stay in stays]
+        for stay, scores in zip(stays, await asyncio.gather(*futures), strict=True):
+            assert_same_bits(scores, Replica(bundle)(stay))
