@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from service.api import examples
 from service.api.deps import ContextDep, EpisodeId
-from service.api.hours import RESPONSES, answer
+from service.api.hours import HEADERS, RESPONSES, answer
 from service.api.openapi import example
 from service.api.schemas import EmbeddingsOut, HoursQuery
 from service.core import Scores
@@ -26,6 +26,7 @@ router = APIRouter(tags=["scores"])
         200: example(examples.EMBEDDINGS),
         **RESPONSES,
     },
+    openapi_extra=HEADERS,
 )
 async def get_embeddings(
     request: Request,

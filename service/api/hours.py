@@ -49,6 +49,25 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 """What every selection of hours may be answered with, besides the hours."""
 
+HEADERS: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "If-None-Match",
+            "in": "header",
+            "description": "Entity tags of earlier answers: 304 if one of them is that of now",
+            "schema": {"type": "string"},
+        },
+        {
+            "name": "Prefer",
+            "in": "header",
+            "description": "`wait=N`: wait N seconds for the scores, if that is less than usual",
+            "schema": {"type": "string"},
+            "example": "wait=2",
+        },
+    ]
+}
+"""Headers that are read by hand, as `openapi_extra` of a route."""
+
 
 @dataclass(frozen=True, slots=True)
 class HourPlan:

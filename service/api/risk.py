@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from service.api import examples
 from service.api.deps import ContextDep, EpisodeId
-from service.api.hours import RESPONSES, answer
+from service.api.hours import HEADERS, RESPONSES, answer
 from service.api.openapi import example
 from service.api.schemas import HoursQuery, RiskOut
 from service.core import Scores
@@ -27,6 +27,7 @@ router = APIRouter(tags=["scores"])
         200: example(examples.RISK),
         **RESPONSES,
     },
+    openapi_extra=HEADERS,
 )
 async def get_risk(
     request: Request,

@@ -216,6 +216,16 @@ async def test_the_worked_examples_are_true(client: Client) -> None:
             assert response.status_code == 200
 
 
+@pytest.mark.parametrize("resource", ["risk", "embeddings"])
+async def test_the_description_names_the_headers_of_a_poll(client: Client, resource: str) -> None:
+    document = (await client.http.get("/openapi.json")).json()
+    parameters = document["paths"][f"/episodes/{{episode_id}}/{resource}"]["get"]["parameters"]
+    where = {p["name"]: (p["in"], p.get("required", False)) for p in parameters}
+    assert where["If-None-Match"] == where["Prefer"] == ("header", False)
+    assert where["hour"] == ("query", False)
+    assert len(where) == len(parameters)
+
+
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM4EHR_PORT", "9000")
     monkeypatch.setenv("LLM4EHR_STALENESS_LIMIT_HOURS", "none")
