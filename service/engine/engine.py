@@ -210,7 +210,8 @@ class OnlineEngine:
         except BaseException as error:
             self._failure = error
             # The type is enough for a log line; a message might quote a patient's value.
-            _log.critical("the engine stopped: %s", type(error).__name__)
+            kind, info = type(error).__name__, self._info
+            _log.critical("the engine stopped: %s, model %s/%s", kind, info.name, info.version)
             self._on_fatal(error)
         finally:
             self._fail_everything()

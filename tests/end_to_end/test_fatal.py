@@ -71,7 +71,8 @@ def test_a_fatal_fault_ends_the_process(
                 http.post("/episodes/e/observations", json=body)
         assert process.wait(PATIENCE_S) == 70
         text = process.stderr.read()
-        assert "the engine stopped" in text
+        assert "the engine stopped: " in text
+        assert ", model tiny/1" in text
         assert "0815" not in text
         # Logged before the engine was asked.
         assert len(asyncio.run(entries(tmp_path / "log.sqlite"))) == 3

@@ -45,4 +45,5 @@ def test_it_is_a_sequence() -> None:
     assert scores == HourScores(FULL, VALUES.copy()) == tuple(scores)
     assert scores != HourScores(FULL, VALUES + 1)
     assert scores != HourScores(FULL, VALUES[:1])
+    assert HourScores(FULL, VALUES * 0.0) != HourScores(FULL, VALUES * -0.0)  # other bits
     assert scores != 5
