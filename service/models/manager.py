@@ -360,7 +360,11 @@ class Models:
         if live is not None:
             await live.stop()
         if model is not None:
-            await asyncio.to_thread(model.close)
+            try:
+                await asyncio.to_thread(model.close)
+            except Exception as error:
+                kind = type(error).__name__
+                _logger.error("model %s was not closed in order: %s", version.name, kind)
         del model, live
         version.model = version.live = None
         await asyncio.to_thread(_give_memory_back)

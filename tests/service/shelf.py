@@ -22,6 +22,7 @@ class Shelf:
     def __init__(self) -> None:
         self.engines: dict[Name, FakeEngine] = {}
         self.fault: Exception | None = None
+        self.close_fault: Exception | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.closed: list[Name] = []
@@ -39,7 +40,12 @@ class Shelf:
         bundle = replace(BUNDLE, name=name.name, version=str(name.version), digest=digest)
         engine = self.engines[name] = FakeEngine(bundle)
         self.prepare(engine)
-        return replace(fake_model(engine), close=lambda: self.closed.append(name))
+        return replace(fake_model(engine), close=lambda: self._close(name))
+
+    def _close(self, name: Name) -> None:
+        self.closed.append(name)
+        if self.close_fault is not None:
+            raise self.close_fault
 
 
 class House(Client):

@@ -138,6 +138,19 @@ async def test_a_version_is_not_loaded_while_it_is_unloaded(house: House) -> Non
     await house.ready(2)
 
 
+async def test_an_engine_that_cannot_be_closed_keeps_no_place(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.shelf.close_fault = RuntimeError("the secret 4711")
+    await house.ready(2)
+    await house.control(2, "unload")
+    await house.until(2, "available")
+    house.shelf.close_fault = None
+    await house.ready(2)
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert said == ["model llm4ehr/2 was not closed in order: RuntimeError"]
+
+
 async def test_background_work_is_no_part_of_the_request_that_began_it(house: House) -> None:
     trace = contextvars.ContextVar("trace", default="none")
     seen: list[str] = []
