@@ -159,10 +159,17 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numerics:
-    """How the numbers of a model are computed."""
+    """How the numbers of a model are computed: their last bits are equal where all of it is, with
+    the same packages on the same kind of processor.
+    """
 
     precision: str
     backend: str
+    rows: int
+    """Of the largest tick."""
+    threads: int
+    kernel: str | None
+    """What attends in `torch-cpu`: "compiled" or "reference"."""
     gate: Mapping[str, Any] | None = None
     """What a reduced precision was measured to change, as JSON; None for full precision."""
 

@@ -8,11 +8,12 @@ says how far the answers are apart, and whether that is within the limit. The se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +22,7 @@ from llm4ehr.episode import Episode, EventTokens, event_tokens, featurise
 from llm4ehr.model import Task
 from llm4ehr.store import EpisodeStore
 from service.core import Numerics
+from service.engine.backends.base import Backend
 from service.engine.backends.shapes import token_positions
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.engine.tokens import TokenRows
@@ -111,14 +113,26 @@ def read_gate(path: Path) -> Gate:
         raise ValueError(f"{path} is no file of `python -m service gate`") from error
 
 
-def numerics(bundle: Bundle, settings: Settings) -> Numerics:
-    """How this bundle will be computed.
+def numerics(backend: Backend, settings: Settings, gate: Mapping[str, Any] | None) -> Numerics:
+    """How a backend computes, with what `let_through` returned."""
+    return Numerics(
+        precision=settings.precision,
+        backend=backend.name,
+        rows=backend.tick_sizes[-1],
+        threads=torch.get_num_threads(),
+        kernel=getattr(backend, "kernel", None),
+        gate=gate,
+    )
+
+
+def let_through(bundle: Bundle, settings: Settings) -> Mapping[str, Any] | None:
+    """Figures of the gate of a reduced precision; None for full precision.
 
     Raises ValueError; NotGated where a reduced precision was not let through for this very bundle.
     """
     precision = settings.precision
     if precision == "fp32":
-        return Numerics(precision=precision, backend=settings.backend)
+        return None
     if settings.backend != "torch-cpu":
         raise ValueError(f"LLM4EHR_PRECISION={precision} needs LLM4EHR_BACKEND=torch-cpu")
     if settings.precision_gate is None:
@@ -139,8 +153,7 @@ def numerics(bundle: Bundle, settings: Settings) -> Numerics:
             f"LLM4EHR_PRECISION_GATE: {precision} changes answers of {gate.bundle} by more than "
             f"{gate.limit}"
         )
-    figures = gate.model_dump(include={"limit", "stays", "hours", "changes"})
-    return Numerics(precision=precision, backend=settings.backend, gate=figures)
+    return gate.model_dump(include={"limit", "stays", "hours", "changes"})
 
 
 def _gates(path: Path) -> list[Gate]:

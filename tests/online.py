@@ -18,7 +18,7 @@ from llm4ehr.bundle import Bundle, Network, save_bundle
 from llm4ehr.calibration import Calibration, Interval, OutputMap, default_calibration
 from llm4ehr.episode import Episode, event_tokens, featurise
 from llm4ehr.variables import VARIABLE_INDEX
-from service.core import EpisodeView, HourScore, HoursInterval, Scores
+from service.core import EpisodeView, HourScore, HoursInterval, Numerics, Scores
 from service.engine.backends.base import Backend, TickResult
 from service.engine.backends.shapes import token_positions
 from service.engine.backends.torch_cpu import TorchCpuBackend
@@ -265,6 +265,9 @@ class Gate:
         return self._backend.tick_tokens(ids, slots, positions)
 
 
+NUMERICS = Numerics(precision="fp32", backend="torch-cpu", rows=ROWS, threads=1, kernel=None)
+
+
 def engine_of(
     bundle: Bundle,
     *,
@@ -277,7 +280,8 @@ def engine_of(
     """An engine that was not started."""
     backend = backend or TorchCpuBackend(bundle.network, n_slots=n_slots, max_rows=ROWS)
     metrics = EngineMetrics(registry or CollectorRegistry())
-    return OnlineEngine(bundle, backend, metrics, max_pending=max_pending, **options)
+    options = {"numerics": NUMERICS, "max_pending": max_pending} | options
+    return OnlineEngine(bundle, backend, metrics, **options)
 
 
 def model_of(bundle: Bundle, engine: OnlineEngine) -> Model:

@@ -10,7 +10,14 @@ _MODEL: dict[str, Any] = {
     "version": "1",
     "digest": "9f2c41d8a1b7c3e05d6f8091a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d5",
     "preprocessing_digest": "41d8a1b7c3e05d6f8091a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d59f2c",
-    "numerics": {"precision": "fp32", "backend": "torch-cpu", "gate": None},
+    "numerics": {
+        "precision": "fp32",
+        "backend": "torch-cpu",
+        "rows": 32,
+        "threads": 1,
+        "kernel": "compiled",
+        "gate": None,
+    },
 }
 _HOUR: dict[str, Any] = {
     "hour": 1,

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -144,11 +144,7 @@ def model_provenance(bundle: BundleInfo) -> dict[str, Any]:
         "version": bundle.version,
         "digest": bundle.digest,
         "preprocessing_digest": bundle.preprocessing_digest,
-        "numerics": {
-            "precision": bundle.numerics.precision,
-            "backend": bundle.numerics.backend,
-            "gate": bundle.numerics.gate,
-        },
+        "numerics": asdict(bundle.numerics),
     }
 
 
@@ -220,7 +216,7 @@ def _etag(
     """Equal tags mean equal bodies: besides log and model it covers what the clock decides."""
     selected = [
         bundle.digest,
-        [bundle.numerics.precision, bundle.numerics.backend, bundle.numerics.gate],
+        asdict(bundle.numerics),
         resource,
         str(as_of),
         [[h.hour, h.status, h.withheld] for h in hours],

@@ -277,6 +277,9 @@ class GateOut(Answer):
 class NumericsOut(Answer):
     precision: Literal["fp32", "bf16"]
     backend: str
+    rows: int
+    threads: int
+    kernel: Literal["compiled", "reference"] | None
     gate: GateOut | None
 
 

@@ -59,11 +59,11 @@ class OnlineEngine:
         backend: Backend,
         metrics: EngineMetrics,
         *,
+        numerics: Numerics,
         max_pending: int,
         max_state_bytes: int = 1 << 30,
         turn: Callable[[], AbstractContextManager[object]] = nullcontext,
         on_fatal: Callable[[BaseException], None] = lambda error: None,
-        numerics: Numerics | None = None,
         clock: Clock = time.monotonic,
         tracing: Tracing = OFF,
     ) -> None:
@@ -108,7 +108,7 @@ class OnlineEngine:
             tasks=tuple(config.heads),
             phenotypes=bundle.phenotypes,
             causal=network.causal,
-            numerics=numerics or Numerics(precision="fp32", backend=backend.name),
+            numerics=numerics,
         )
 
     # --- on the event loop -------------------------------------------------------------------

@@ -15,7 +15,7 @@ from service.engine.engine import OnlineEngine
 from service.engine.metrics import EngineMetrics
 from service.engine.turns import Turns
 from service.models.version import LoadError, Model, Name
-from service.precision import NotGated, numerics
+from service.precision import NotGated, let_through, numerics
 from service.settings import Settings
 from service.tracing import OFF, Tracing
 
@@ -55,7 +55,7 @@ class Bundles:
         bundle = load_bundle(self._settings.model_repository, *name)
         if (reason := bundle.network.not_online) is not None:
             raise NotOnline(reason)
-        how = numerics(bundle, self._settings)
+        gate = let_through(bundle, self._settings)
         backend = make_backend(bundle, self._settings)
         metrics = self._metrics.of(str(name))
         me = object()
@@ -71,7 +71,7 @@ class Bundles:
             metrics,
             max_pending=self._settings.max_pending,
             max_state_bytes=self._settings.state_memory_mib << 20,
-            numerics=how,
+            numerics=numerics(backend, self._settings, gate),
             turn=lambda: self._turns.turn(me),
             on_fatal=fatal,
             tracing=self._tracing,

@@ -43,7 +43,7 @@ BUNDLE = BundleInfo(
     tasks=("decompensation", "mortality", "remaining_los", "phenotyping"),
     phenotypes=("sepsis",),
     causal=True,
-    numerics=Numerics(precision="fp32", backend="torch-cpu"),
+    numerics=Numerics(precision="fp32", backend="torch-cpu", rows=32, threads=1, kernel="compiled"),
 )
 
 VOCABULARY = Vocabulary(

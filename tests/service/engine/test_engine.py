@@ -13,11 +13,12 @@ from llm4ehr.bundle import Bundle, Network
 from llm4ehr.calibration import default_calibration
 from llm4ehr.episode import Episode, empty_episode
 from llm4ehr.model import LLM4EHR
-from service.core import BundleInfo, Numerics, Overloaded
+from service.core import BundleInfo, Overloaded
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.engine.engine import EngineStopped
 from tests.online import (
     HEADS,
+    NUMERICS,
     PHENOTYPES,
     ROWS,
     Gate,
@@ -395,5 +396,5 @@ async def test_says_which_bundle_answers(bundle: Bundle) -> None:
             tasks=tuple(HEADS),
             phenotypes=PHENOTYPES,
             causal=True,
-            numerics=Numerics(precision="fp32", backend="torch-cpu"),
+            numerics=NUMERICS,
         )

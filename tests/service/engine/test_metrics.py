@@ -15,7 +15,7 @@ from service.engine.backends.shapes import slot_bytes
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.engine.engine import OnlineEngine
 from service.engine.metrics import MAX_RETRY_S, EngineMetrics, TickKind
-from tests.online import ROWS, Gate, engine_on, tiny_bundle, view_of
+from tests.online import NUMERICS, ROWS, Gate, engine_on, tiny_bundle, view_of
 
 
 @pytest.fixture
@@ -139,7 +139,9 @@ async def test_stays_that_are_not_read_yet_count(
             seen.append((stays, rows, ticks["hours"]))
             super().backlog(stays, rows, ticks)
 
-    engine = OnlineEngine(bundle, backend, Watched(registry), max_pending=9, clock=count().__next__)
+    engine = OnlineEngine(
+        bundle, backend, Watched(registry), max_pending=9, numerics=NUMERICS, clock=count().__next__
+    )
     engine.start()
     try:
         backend.open.clear()
