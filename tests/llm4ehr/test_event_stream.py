@@ -187,7 +187,7 @@ def test_scores_of_a_stream_do_not_depend_on_company_or_future(
     episodes = [random_episode(seed, n) for seed, n in enumerate((30, 1, 0, 48, 12))]
     n_tokens = len(event_tokens(episodes[3], network.vocabulary, 48, network.preprocessing).ids)
     assert n_tokens > 16  # several windows
-    together = list(score_episodes(network, episodes, batch_size=3))
+    together = list(score_episodes(network, episodes, batch_hours=40))
     for episode, scores in zip(episodes, together, strict=True):
         (alone,) = score_episodes(network, [episode])
         assert scores.hidden.shape == (episode.n_hours, 32)
