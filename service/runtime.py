@@ -66,8 +66,8 @@ def build_app(
         # be felt by a request and finds nothing: they live until a model is unloaded.
         gc.collect()
         gc.freeze()
-        # Log entries are many and in no circle. At the usual pace of collections reading a log takes
-        # longer for them than for the reading; at a much slower one a single collection is felt.
+        # Log entries are many and in no circle. At the usual pace of collections a log is read more
+        # slowly for them than for the reading; at a much slower one a single collection is felt.
         gc.set_threshold(5_000, 10, 100)
         async with serve(app):
             yield
