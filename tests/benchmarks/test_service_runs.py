@@ -29,7 +29,7 @@ def test_restart(run_benchmark: Run) -> None:
     (row,) = run_benchmark("restart", "--quick")["rows"]
     assert row["entries"] == 8 * (1 + 4 * 15)
     assert row["ready_s"] > 0
-    assert row["warm_s"] > 0
+    assert row["warm_s"] >= 0  # the few stays may be scored before anybody looks
     assert row["errors"] == row["refused"] == 0
     assert row["readable_n"] > 0
 
