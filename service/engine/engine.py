@@ -298,7 +298,11 @@ class OnlineEngine:
         stay.counted = n_bytes
         if self._state_bytes <= self._max_state_bytes:
             return
-        for key in [k for k, s in self._states.items() if not s.waiting and s is not stay]:
+        for key in [
+            key
+            for key, held in self._states.items()
+            if not held.waiting and held is not stay and key not in self._unread
+        ]:
             self._drop(key, EngineStopped("dropped"))
             if self._state_bytes <= self._max_state_bytes:
                 return

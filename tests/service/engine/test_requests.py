@@ -112,6 +112,26 @@ async def test_unknown_stays_are_read_within_a_budget(
     assert len(backend.ticks[1]) == together
 
 
+async def test_a_stay_that_was_just_asked_for_is_not_dropped_for_want_of_memory(
+    bundle: Bundle, random_episode: Stay
+) -> None:
+    backend, replica = gate(bundle), Replica(bundle)
+    stays = [random_episode(seed, 20) for seed in range(3)]
+    async with engine_on(bundle, backend=backend) as engine:
+        await asyncio.gather(*(engine.submit(view_of(stay)) for stay in stays))
+        backend.open.clear()
+        backend.entered.clear()
+        busy = engine.submit_as_of(view_of(random_episode(9, 1)))
+        await asyncio.to_thread(backend.entered.wait, 60)
+        engine._max_state_bytes = 1
+        futures = [engine.submit(view_of(stay, seq=2), 24) for stay in stays]
+        backend.open.set()
+        for stay, scores in zip(stays, await asyncio.gather(*futures), strict=True):
+            assert_same_bits(scores, replica(stay, 24))
+        await busy
+        assert engine.alive()
+
+
 async def test_the_books_are_checked_when_there_is_time(
     bundle: Bundle, random_episode: Stay
 ) -> None:
