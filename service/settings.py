@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, IPvAnyNetwork, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -35,7 +35,43 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
 
     log_path: Path = Path("llm4ehr-log.sqlite")
-    """File of the log; made if it does not exist."""
+    """File of the log; made if it does not exist. Unused with `log_url`."""
+
+    log_url: SecretStr | None = None
+    """`postgresql://…` of a log that several replicas share, in the place of the file."""
+
+    authentication: Literal["required", "open"] = "required"
+    """"open" lets everybody do everything: for demonstrations alone."""
+
+    clients_file: Path | None = None
+    """YAML file of the clients: hashed API keys, certificate subjects, scopes, restrictions."""
+
+    oidc_issuer: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """Whose bearer tokens are accepted; None: none are."""
+
+    oidc_audience: str | None = None
+    """The audience that a token must name; needed with an issuer."""
+
+    oidc_jwks_url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    """Where the issuer's keys are; None: where its metadata say."""
+
+    oidc_algorithms: tuple[str, ...] = ("RS256", "RS384", "ES256", "ES384")
+    """How tokens may be signed, as a JSON list; none but asymmetric algorithms are allowed."""
+
+    oidc_leeway_seconds: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = 30.0
+    """How far the issuer's clock may be from ours."""
+
+    trusted_gateways: tuple[IPvAnyNetwork, ...] = ()
+    """Networks of gateways, as a JSON list, whose word on a client's certificate is taken."""
+
+    gateway_secret_file: Path | None = None
+    """File with what a gateway sends to show that it is one; needed with `trusted_gateways`."""
+
+    bundle_digests: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] | None = None
+    """The digest of every version that may be loaded, a JSON object by NAME/VERSION; None: any."""
+
+    log_format: Literal["text", "json"] = "text"
+    """How the lines of the application's log are written."""
 
     model_repository: Path = Path("model_repository")
     bundle: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[1-9][0-9]*$")] = "llm4ehr/1"
@@ -82,6 +118,9 @@ class Settings(BaseSettings):
 
     max_in_flight_per_client: Annotated[int, Field(ge=1)] | None = None
     """Most requests of one peer address at a time; None: no limit."""
+
+    requests_per_second_per_client: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1000
+    """Requests of one client a second, over some seconds; None: no limit."""
 
     drain_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """How long a service that was told to stop still answers while it says that it is not ready."""
