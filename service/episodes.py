@@ -9,8 +9,10 @@ from datetime import datetime
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+from llm4ehr.preprocessing import Statics
 from service import decisions, timing
-from service.core import Draft, EpisodeView, entries_as_of, episode_at
+from service.access.principal import Forbidden, Visit
+from service.core import Draft, EpisodeView, entries_as_of, episode_at, to_us
 from service.decisions import (
     Admission,
     Change,
@@ -26,6 +28,7 @@ from service.memory import Memory
 from service.models.manager import Models
 from service.settings import Settings
 from service.state import EpisodeState, Scored
+from service.trail.record import Action, record_of
 
 _T = TypeVar("_T")
 
@@ -50,7 +53,8 @@ class NotConfirmed(Exception):
 class EpisodeService:
     """Reads and writes episodes. Runs on one event loop; what it acknowledges is in the log.
 
-    Every write may raise TooManyWrites and NotConfirmed besides what it names.
+    Every write may raise Forbidden, TooManyWrites, NotConfirmed and LogCorrupt besides what it
+    names. A stay that a client may not see does not exist for it.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class EpisodeService:
         return len(self._writes)
 
     async def post(
-        self, episode_id: str, batch: Batch, admission: Admission | None
+        self, visit: Visit, episode_id: str, batch: Batch, admission: Admission | None
     ) -> tuple[int, Posted]:
         """Record the good items of a batch; creates the episode if its admission is given.
 
@@ -98,47 +102,55 @@ class EpisodeService:
         Refused, NothingAccepted, LogUnavailable.
         """
         state, posted = await self._write(
+            visit,
             episode_id,
             lambda state, now: decisions.post(state, now, self._rules(), batch, admission),
         )
         return state.seq, posted
 
-    async def put(self, episode_id: str, admission: Admission) -> tuple[EpisodeView, bool]:
+    async def put(
+        self, visit: Visit, episode_id: str, admission: Admission
+    ) -> tuple[EpisodeView, bool]:
         """Set the admission of a new or known episode; True if it was created.
 
         Raises DeletedEpisode, Refused, LogUnavailable.
         """
         state, created = await self._write(
-            episode_id, lambda state, now: decisions.put(state, now, self._rules(), admission)
+            visit,
+            episode_id,
+            lambda state, now: decisions.put(state, now, self._rules(), admission),
         )
         return state.view, created
 
-    async def patch(self, episode_id: str, change: Change) -> EpisodeView:
+    async def patch(self, visit: Visit, episode_id: str, change: Change) -> EpisodeView:
         """Change admission, static facts or discharge.
 
         Raises UnknownEpisode, DeletedEpisode, Refused, LogUnavailable.
         """
         state, _ = await self._write(
-            episode_id, lambda state, now: decisions.patch(state, now, self._rules(), change)
+            visit, episode_id, lambda state, now: decisions.patch(state, now, self._rules(), change)
         )
         return state.view
 
-    async def delete(self, episode_id: str) -> None:
+    async def delete(self, visit: Visit, episode_id: str) -> None:
         """Mark as deleted; doing so again changes nothing.
 
         Raises UnknownEpisode, LogUnavailable.
         """
-        await self._write(episode_id, lambda state, now: decisions.delete(state))
+        await self._write(visit, episode_id, lambda state, now: decisions.delete(state))
 
     async def view(
-        self, episode_id: str, as_of: int | datetime | None = None, min_seq: int = 0
+        self, visit: Visit, episode_id: str, as_of: int | datetime | None = None, min_seq: int = 0
     ) -> EpisodeView:
         """The episode now, or as it was known at a sequence number or instant.
 
-        Raises UnknownEpisode, DeletedEpisode, SeqNotReached, Refused, LogUnavailable.
+        Raises Forbidden, UnknownEpisode, DeletedEpisode, SeqNotReached, Refused, LogUnavailable,
+        LogCorrupt.
         """
+        if not visit.principal.may_name(episode_id):
+            raise Forbidden
         state = await self._memory.load(episode_id)
-        if state is None:
+        if state is None or not visit.principal.may_see(state.view.statics):
             raise UnknownEpisode
         wanted = max(min_seq, as_of if isinstance(as_of, int) else 0)
         if wanted > state.seq:
@@ -186,14 +198,18 @@ class EpisodeService:
             allowed_lateness=self._settings.allowed_lateness,
         )
 
-    async def _write(self, episode_id: str, decide: _Decide[_T]) -> tuple[EpisodeState, _T]:
+    async def _write(
+        self, visit: Visit, episode_id: str, decide: _Decide[_T]
+    ) -> tuple[EpisodeState, _T]:
         """Carry a decision out, to its end even if the caller goes away or has waited enough.
 
-        Raises TooManyWrites, NotConfirmed.
+        Raises Forbidden, TooManyWrites, NotConfirmed.
         """
+        if not visit.principal.may_name(episode_id):
+            raise Forbidden
         if len(self._writes) >= self._max_writes:
             raise TooManyWrites
-        task = asyncio.create_task(self._decide_and_append(episode_id, decide))
+        task = asyncio.create_task(self._decide_and_append(visit, episode_id, decide))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
         try:
@@ -205,15 +221,19 @@ class EpisodeService:
             raise NotConfirmed from None
 
     async def _decide_and_append(
-        self, episode_id: str, decide: _Decide[_T]
+        self, visit: Visit, episode_id: str, decide: _Decide[_T]
     ) -> tuple[EpisodeState, _T]:
         lock = self._locks.setdefault(episode_id, asyncio.Lock())
         async with lock:
             for _ in range(_MAX_CONFLICTS):
                 state = await self._memory.load(episode_id)
+                if state is not None and not visit.principal.may_see(state.view.statics):
+                    raise UnknownEpisode
                 now = self._clock()
                 with timing.measured("judge"):
                     drafts, outcome = decide(state, now)
+                if not all(visit.principal.may_see(statics) for statics in _admitted(drafts)):
+                    raise Forbidden
                 if not drafts:
                     assert state is not None
                     return state, outcome
@@ -223,13 +243,18 @@ class EpisodeService:
                 started = time.perf_counter()
                 try:
                     entries = await self._log.append(
-                        episode_id, drafts, now, 0 if state is None else state.seq
+                        episode_id,
+                        drafts,
+                        now,
+                        0 if state is None else state.seq,
+                        record_of(visit, _action(state, drafts), "success", to_us(now)),
                     )
                 except SequenceConflict:
                     # Another process wrote: read what it wrote, and judge again.
                     if state is not None:
                         state.extend(await self._log.entries(episode_id, state.seq))
                     continue
+                visit.recorded = True
                 self._on_commit(time.perf_counter() - started)
                 if state is None:
                     state = EpisodeState(entries)
@@ -239,3 +264,15 @@ class EpisodeService:
                 self._models.changed(state)
                 return state, outcome
         raise LogUnavailable("too many writers of one episode")
+
+
+def _admitted(drafts: Sequence[Draft]) -> list[Statics]:
+    """What the admissions among the drafts say of the patient."""
+    return [Statics(**d.payload["statics"]) for d in drafts if d.kind == "admission"]
+
+
+def _action(state: EpisodeState | None, drafts: Sequence[Draft]) -> Action:
+    """What a write does to the stay, for the audit trail."""
+    if state is None:
+        return "create"
+    return "delete" if any(d.kind == "deletion" for d in drafts) else "update"

@@ -10,6 +10,7 @@ import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from service.access.authenticator import Anyone
 from service.api.app import Dependencies, create_app
 from service.calibrate import cores
 from service.engine.backends.slot_kernel import slot_library
@@ -48,6 +49,7 @@ def build_app(
         settings,
         Dependencies(
             model=bundles.open(Name(name, int(version))),
+            authenticator=Anyone(),
             log=SqliteLog(settings.log_path),
             loader=bundles,
             registry=registry,

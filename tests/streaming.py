@@ -12,6 +12,7 @@ import httpx
 
 from llm4ehr.bundle import Bundle
 from llm4ehr.episode import Episode
+from service.access.authenticator import Anyone
 from service.api import Dependencies, create_app
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.log import SqliteLog
@@ -28,7 +29,7 @@ async def service_of(
     engine = engine_of(bundle, backend=backend)
     app = create_app(
         Settings(staleness_limit_hours=None),
-        Dependencies(log=log, model=model_of(bundle, engine)),
+        Dependencies(log=log, authenticator=Anyone(), model=model_of(bundle, engine)),
     )
     transport = httpx.ASGITransport(app=app)
     engine.start()

@@ -17,6 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from llm4ehr import __version__
 from service import timing
+from service.access.authenticator import Authenticator
+from service.access.principal import Scope
 from service.api import (
     embeddings,
     episodes,
@@ -28,6 +30,7 @@ from service.api import (
     problems,
     risk,
 )
+from service.api.access import Requires
 from service.api.deps import Context
 from service.api.limits import LimitClients
 from service.api.metrics import Metrics, Observe
@@ -70,6 +73,7 @@ class Dependencies:
     """What the app is built on. It starts the model, and closes all of it when it shuts down."""
 
     log: EventLog
+    authenticator: Authenticator
     model: Model
     """What answers first."""
     loader: Loader | None = None
@@ -157,12 +161,16 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         description=_DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        # Their pages load scripts from elsewhere; the document itself is at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.context = Context(
         settings=settings,
         service=service,
         models=loaded,
         log=deps.log,
+        authenticator=deps.authenticator,
         metrics=metrics,
         clock=deps.clock,
         lifecycle=lifecycle,
@@ -177,7 +185,12 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         app.include_router(router, dependencies=limited)
     for router in others:
         app.include_router(router)
-    app.add_api_route("/metrics", metrics.render, include_in_schema=False)
+    app.add_api_route(
+        "/metrics",
+        metrics.render,
+        include_in_schema=False,
+        dependencies=[Depends(Requires(Scope.METRICS, Scope.ADMIN))],
+    )
     deps.tracing.install(app)
     app.add_middleware(Observe, metrics=metrics, lifecycle=lifecycle)
     problems.install(app, metrics.refused)

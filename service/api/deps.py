@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
 
+from service.access.authenticator import Authenticator
 from service.api.metrics import Metrics
 from service.api.window import Window
 from service.core import Engine
@@ -27,6 +28,7 @@ class Context:
     service: EpisodeService
     models: Models
     log: EventLog
+    authenticator: Authenticator
     metrics: Metrics
     clock: Callable[[], datetime]
     lifecycle: Lifecycle

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from service.api import examples
+from service.api.access import Read
 from service.api.deps import ContextDep, EpisodeId
 from service.api.hours import HEADERS, RESPONSES, answer
 from service.api.openapi import example
@@ -31,13 +32,14 @@ router = APIRouter(tags=["scores"])
 async def get_embeddings(
     request: Request,
     context: ContextDep,
+    visit: Read,
     episode_id: EpisodeId,
     query: Annotated[HoursQuery, Query()],
 ) -> Response:
     """The state of the stay at the end of each hour, as the model's heads read it. Hours are
     selected, and withheld, as for the risk.
     """
-    return await answer(context, request, episode_id, query, _embedding)
+    return await answer(context, request, visit, episode_id, query, _embedding)
 
 
 def _embedding(scores: Scores | None, hour: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from llm4ehr.episode import Statics
 from service.api import examples, problems
+from service.api.access import Ingest, Read
 from service.api.body import read_json, validate
 from service.api.deps import ContextDep, EpisodeId
 from service.api.hours import model_provenance, time_or_none
@@ -56,7 +57,9 @@ _WRITE_PROBLEMS = (
         **problems.documented("invalid-request", "too-many-requests"),
     },
 )
-async def list_episodes(context: ContextDep, query: Annotated[ListQuery, Query()]) -> Response:
+async def list_episodes(
+    context: ContextDep, visit: Read, query: Annotated[ListQuery, Query()]
+) -> Response:
     """One row an episode, with the last computed score of its newest hour and the entry it was
     computed from (`scored_seq`); `risk` is decompensation, or mortality if the model has no such
     task. Episodes without a score to show come last. `complete` is false for a moment after a
@@ -99,13 +102,14 @@ async def list_episodes(context: ContextDep, query: Annotated[ListQuery, Query()
 async def get_episode(
     request: Request,
     context: ContextDep,
+    visit: Read,
     episode_id: EpisodeId,
     query: Annotated[AsOfQuery, Query()],
 ) -> Response:
     """`ignored` counts the live items that the model does not see, by reason."""
     until = asyncio.get_running_loop().time() + context.settings.read_deadline_seconds
     async with bounded(request, until, log_retry_after_s):
-        view = await context.service.view(episode_id, query.as_of, query.min_seq)
+        view = await context.service.view(visit, episode_id, query.as_of, query.min_seq)
     return _represented(view)
 
 
@@ -121,13 +125,16 @@ async def get_episode(
         **problems.documented(*_WRITE_PROBLEMS, "admission-missing"),
     },
 )
-async def put_episode(request: Request, context: ContextDep, episode_id: EpisodeId) -> Response:
+async def put_episode(
+    request: Request, context: ContextDep, visit: Ingest, episode_id: EpisodeId
+) -> Response:
     """Sending the same again changes nothing. Static facts that are left out become unknown."""
     raw = await read_json(request, context.settings)
     if isinstance(raw, dict) and raw.get("admitted_at") is None:
         raise Problem("admission-missing", "`admitted_at` is required")
     body = validate(PutEpisode, raw)
     view, created = await context.service.put(
+        visit,
         episode_id,
         Admission(admitted_at=body.admitted_at, statics=Statics(**body.statics.model_dump())),
     )
@@ -152,13 +159,16 @@ async def put_episode(request: Request, context: ContextDep, episode_id: Episode
         **problems.documented("episode-unknown", *_WRITE_PROBLEMS),
     },
 )
-async def patch_episode(request: Request, context: ContextDep, episode_id: EpisodeId) -> Response:
+async def patch_episode(
+    request: Request, context: ContextDep, visit: Ingest, episode_id: EpisodeId
+) -> Response:
     """Moving the admission moves the hour every item falls into. Items that come to lie before the
     admission or after the discharge are kept, but the model does not see them.
     """
     raw = await read_json(request, context.settings)
     body = validate(PatchEpisode, raw)
     view = await context.service.patch(
+        visit,
         episode_id,
         Change(
             admitted_at=body.admitted_at,
@@ -184,11 +194,11 @@ async def patch_episode(request: Request, context: ContextDep, episode_id: Episo
         "log-unavailable",
     ),
 )
-async def delete_episode(context: ContextDep, episode_id: EpisodeId) -> Response:
+async def delete_episode(context: ContextDep, visit: Ingest, episode_id: EpisodeId) -> Response:
     """The stay no longer answers and its id stays taken. What was recorded remains in the log, and
     `as_of` a time before the deletion still shows what was known then.
     """
-    await context.service.delete(episode_id)
+    await context.service.delete(visit, episode_id)
     return Response(status_code=204)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
+from service.access.principal import Visit
 from service.answers import Selection, WithheldReason, data_age_hours, select_hours, withheld
 from service.api.deps import Context
 from service.api.problems import Problem, documented
@@ -92,6 +93,7 @@ class Plan:
 async def answer(
     context: Context,
     request: Request,
+    visit: Visit,
     episode_id: str,
     query: HoursQuery,
     score_of: Callable[[Scores | None, int], dict[str, Any]],
@@ -112,7 +114,7 @@ async def answer(
         for _ in range(_MAX_TRIES):
             # A client that takes what is known may have to wait for the log all the same.
             async with bounded(request, latest, log_retry_after_s):
-                view = await context.service.view(episode_id, query.as_of, query.min_seq)
+                view = await context.service.view(visit, episode_id, query.as_of, query.min_seq)
             plan = _plan(context, bundle, view, selection, query.as_of, resource)
             headers = {"ETag": plan.etag, "Cache-Control": _PRIVATE, **preference}
             if _matches(request.headers.get("if-none-match"), plan.etag):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import JSONResponse, Response
 
 from service.api import examples, problems
+from service.api.access import Admin, ReadOrAdmin
 from service.api.body import read_json, validate
 from service.api.deps import Context, ContextDep
 from service.api.model_schemas import ModelsOut, PutShadow, ShadowOut, VersionOut
@@ -36,7 +37,7 @@ _VERSION = "/{name}/versions/{version}"
     response_model=ModelsOut,
     responses={200: example(examples.MODELS), **problems.documented("invalid-request")},
 )
-async def list_models(context: ContextDep) -> Response:
+async def list_models(context: ContextDep, visit: ReadOrAdmin) -> Response:
     """Versions on disk are `available`. A loaded one is `rebuilding` until every open stay has its
     scores, then `ready` to be activated. `failed` says why; what answered goes on answering.
     """
@@ -62,7 +63,9 @@ async def list_models(context: ContextDep) -> Response:
         **problems.documented("model-unknown", "invalid-request"),
     },
 )
-async def get_version(context: ContextDep, name: _Name, version: _Number) -> Response:
+async def get_version(
+    context: ContextDep, visit: ReadOrAdmin, name: _Name, version: _Number
+) -> Response:
     return JSONResponse(_version(await context.models.version(Name(name, int(version)))))
 
 
@@ -83,7 +86,7 @@ async def get_version(context: ContextDep, name: _Name, version: _Number) -> Res
         ),
     },
 )
-async def load(context: ContextDep, name: _Name, version: _Number) -> Response:
+async def load(context: ContextDep, visit: Admin, name: _Name, version: _Number) -> Response:
     """Its files are verified, its engine is checked and warmed, and all open stays are scored, live
     hours of the active version first. `Location` says where to see how far it is.
     """
@@ -102,7 +105,7 @@ async def load(context: ContextDep, name: _Name, version: _Number) -> Response:
         ),
     },
 )
-async def activate(context: ContextDep, name: _Name, version: _Number) -> Response:
+async def activate(context: ContextDep, visit: Admin, name: _Name, version: _Number) -> Response:
     """Requests that have begun are answered by the version they began with. That version stays
     loaded and keeps up: to roll back, activate it again. A trial ends.
     """
@@ -126,7 +129,7 @@ async def activate(context: ContextDep, name: _Name, version: _Number) -> Respon
         ),
     },
 )
-async def unload(context: ContextDep, name: _Name, version: _Number) -> Response:
+async def unload(context: ContextDep, visit: Admin, name: _Name, version: _Number) -> Response:
     """The answers that it has begun are finished first."""
     return _begun(_control(context).unload(Name(name, int(version))))
 
@@ -152,7 +155,7 @@ async def unload(context: ContextDep, name: _Name, version: _Number) -> Response
         ),
     },
 )
-async def put_shadow(request: Request, context: ContextDep) -> Response:
+async def put_shadow(request: Request, context: ContextDep, visit: Admin) -> Response:
     """From now on the newest hour of every new answer of both is compared, and counted anew. No
     answer shows anything of it.
     """
@@ -169,7 +172,7 @@ async def put_shadow(request: Request, context: ContextDep) -> Response:
     status_code=204,
     responses=problems.documented("model-control-disabled"),
 )
-async def delete_shadow(context: ContextDep) -> Response:
+async def delete_shadow(context: ContextDep, visit: Admin) -> Response:
     """The version stays loaded, and what was found stands in `trials` of `GET /models`."""
     _control(context).end_trial()
     return Response(status_code=204)

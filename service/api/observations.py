@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from llm4ehr.episode import Statics
 from service.api import examples, problems
+from service.api.access import Ingest
 from service.api.body import read_json, validate
 from service.api.deps import ContextDep, EpisodeId
 from service.api.openapi import example, request_body
@@ -50,7 +51,7 @@ router = APIRouter(tags=["episodes"])
     },
 )
 async def post_observations(
-    request: Request, context: ContextDep, episode_id: EpisodeId
+    request: Request, context: ContextDep, visit: Ingest, episode_id: EpisodeId
 ) -> Response:
     """Each item is judged alone: good ones are durable once this returns, bad ones are refused with
     a reason. Sending an item again, by the same id or with the same content, changes nothing.
@@ -70,7 +71,7 @@ async def post_observations(
         admission = Admission(admitted_at=body.admitted_at, statics=statics)
     batch = Batch(observations=body.observations, events=body.events, withdrawals=body.withdrawals)
     try:
-        seq, posted = await context.service.post(episode_id, batch, admission)
+        seq, posted = await context.service.post(visit, episode_id, batch, admission)
     except NothingAccepted as nothing:
         for result in nothing.results:
             context.metrics.count(result)

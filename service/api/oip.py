@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from llm4ehr import __version__
+from service.api.access import AnyClient
 from service.api.deps import Context, ContextDep
 from service.models.version import Serving
 
@@ -36,7 +37,7 @@ def _serving(context: Context, model: str, version: str | None) -> Serving | Non
 
 
 @router.get("", operation_id="getServer", summary="Server metadata")
-async def server() -> dict[str, Any]:
+async def server(visit: AnyClient) -> dict[str, Any]:
     return {"name": "llm4ehr", "version": __version__, "extensions": []}
 
 
@@ -84,7 +85,9 @@ async def ready(context: ContextDep) -> Response:
     summary="Model version metadata",
     responses=_UNKNOWN,
 )
-async def metadata(context: ContextDep, model: str, version: str | None = None) -> Response:
+async def metadata(
+    context: ContextDep, visit: AnyClient, model: str, version: str | None = None
+) -> Response:
     """Inputs and outputs are those of the model behind the episodes, one row an hour. `versions`
     are those that are loaded.
     """
@@ -127,7 +130,9 @@ async def metadata(context: ContextDep, model: str, version: str | None = None) 
     summary="Whether the model version answers",
     responses=_UNKNOWN | _NOT_READY,
 )
-async def model_ready(context: ContextDep, model: str, version: str | None = None) -> Response:
+async def model_ready(
+    context: ContextDep, visit: AnyClient, model: str, version: str | None = None
+) -> Response:
     serving = _serving(context, model, version)
     if serving is None:
         return _error(404, "no such model or version")

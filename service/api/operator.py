@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llm4ehr import __version__
 from service.api import examples
+from service.api.access import Operate
 from service.api.deps import ContextDep
 from service.api.openapi import example
 
@@ -106,7 +107,7 @@ class SummaryOut(_Out):
     summary="State, rates and counts of the whole service",
     responses={200: example(examples.OPERATOR_SUMMARY)},
 )
-async def summary(context: ContextDep) -> SummaryOut:
+async def summary(context: ContextDep, visit: Operate) -> SummaryOut:
     """What the metrics say, worked out for people. Rates and quantiles are of the last minutes."""
     bundle, live = context.engine.bundle, context.service.live
     seconds, figures = context.window.figures()

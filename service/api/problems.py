@@ -13,12 +13,14 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from service.access.authenticator import Unauthenticated
+from service.access.principal import Forbidden
 from service.answers import HourError
 from service.api.schemas import ItemResultOut
 from service.core import EngineStopped, ModelFault, Overloaded
 from service.decisions import DeletedEpisode, NothingAccepted, Refused, UnknownEpisode
 from service.episodes import NotConfirmed, SeqNotReached, TooManyWrites
-from service.log.base import LogUnavailable
+from service.log.base import LogCorrupt, LogUnavailable, Unconfirmed
 from service.models.version import ModelRefused
 
 MEDIA_TYPE = "application/problem+json"
@@ -26,6 +28,8 @@ MEDIA_TYPE = "application/problem+json"
 # name: (status, title)
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed-json": (400, "The body is not JSON"),
+    "unauthenticated": (401, "The client was not recognised"),
+    "forbidden": (403, "The client is not allowed this"),
     "model-control-disabled": (403, "Models cannot be changed over HTTP here"),
     "not-found": (404, "There is nothing here"),
     "episode-unknown": (404, "No such episode"),
@@ -49,6 +53,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "hour-in-the-future": (422, "The hour has not begun"),
     "too-many-requests": (429, "Too many requests at a time"),
     "internal-error": (500, "The service failed"),
+    "log-corrupt": (500, "The log of this episode is damaged; nothing was recorded"),
     "model-fault": (500, "The model gave no valid score for this episode"),
     "log-unavailable": (503, "The log is unavailable; nothing was recorded"),
     "log-busy": (503, "Too many writes wait for the log; nothing was recorded"),
@@ -125,6 +130,14 @@ def as_problem(error: Exception) -> Problem:
             return Problem("log-busy", headers={"Retry-After": str(BUSY_RETRY_AFTER_S)})
         case NotConfirmed():
             return Problem("log-slow", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
+        case Unauthenticated():
+            return Problem("unauthenticated", str(error), {"WWW-Authenticate": "Bearer"})
+        case Forbidden():
+            return Problem("forbidden")
+        case LogCorrupt():
+            return Problem("log-corrupt", "quote the instance when reporting this")
+        case Unconfirmed():
+            return Problem("log-slow", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
         case LogUnavailable():
             return Problem("log-unavailable", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
         case Overloaded():
@@ -176,6 +189,9 @@ def install(app: FastAPI, refused: Callable[[str], None]) -> None:
         HourError,
         Refused,
         NothingAccepted,
+        Unauthenticated,
+        Forbidden,
+        LogCorrupt,
         LogUnavailable,
         TooManyWrites,
         NotConfirmed,

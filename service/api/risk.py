@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from service.api import examples
+from service.api.access import Read
 from service.api.deps import ContextDep, EpisodeId
 from service.api.hours import HEADERS, RESPONSES, answer
 from service.api.openapi import example
@@ -32,6 +33,7 @@ router = APIRouter(tags=["scores"])
 async def get_risk(
     request: Request,
     context: ContextDep,
+    visit: Read,
     episode_id: EpisodeId,
     query: Annotated[HoursQuery, Query()],
 ) -> Response:
@@ -42,7 +44,7 @@ async def get_risk(
     The answer includes everything that was acknowledged before. A score that the data does not
     support is null, and `score_withheld` says why.
     """
-    return await answer(context, request, episode_id, query, _risk)
+    return await answer(context, request, visit, episode_id, query, _risk)
 
 
 def _risk(scores: Scores | None, hour: int) -> dict[str, Any]:

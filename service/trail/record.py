@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from service.access.principal import Visit
+
 Action = Literal["create", "read", "update", "delete", "execute"]
 """In FHIR's AuditEvent.action: C, R, U, D, E."""
+Outcome = Literal["success", "refused", "failed"]
+"""Done; the client's fault; the service's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,21 @@ class AuditRecord:
     """`operation_id` of the route."""
     action: Action
     episodes: tuple[str, ...]
-    status: int
-    """HTTP status of the answer."""
+    outcome: Outcome
     request_id: str
     address: str
+
+
+def record_of(visit: Visit, action: Action, outcome: Outcome, at_us: int) -> AuditRecord:
+    """The line that tells of a visit."""
+    return AuditRecord(
+        at_us=at_us,
+        principal=visit.principal.id,
+        method=visit.principal.method,
+        operation=visit.operation,
+        action=action,
+        episodes=visit.episodes,
+        outcome=outcome,
+        request_id=visit.request_id,
+        address=visit.address,
+    )

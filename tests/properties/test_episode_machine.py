@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 
 from llm4ehr.bundle import Bundle, Network
 from llm4ehr.episode import Statics
+from service.access.authenticator import Anyone
 from service.api import Dependencies, create_app
 from service.log import SqliteLog
 from service.settings import Settings
@@ -73,6 +74,7 @@ class EpisodeMachine(RuleBasedStateMachine):
             # So few entries are kept in memory that stays are read again and again.
             Settings(log_path=path, staleness_limit_hours=None, cached_entries=8),
             Dependencies(
+                authenticator=Anyone(),
                 log=SqliteLog(path),
                 model=model_of(self.bundle, self.engine),
                 clock=self.clock,

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm4ehr.bundle import Bundle, Network
+from service.access.authenticator import Anyone
 from service.api import Dependencies, create_app
 from service.core import entries_as_of, episode_at
 from service.engine.turns import Turns
@@ -102,7 +103,13 @@ async def play(
     log, clock, shelf = SqliteLog(path), Clock(at(12)), Shelf(bundles)
     app = create_app(
         Settings(model_control=True, audit_interval_seconds=None, cached_entries=12),
-        Dependencies(log=log, model=shelf.load(Name("tiny", 1)), loader=shelf, clock=clock),
+        Dependencies(
+            log=log,
+            authenticator=Anyone(),
+            model=shelf.load(Name("tiny", 1)),
+            loader=shelf,
+            clock=clock,
+        ),
     )
     transport = httpx.ASGITransport(app=app)
     async with (

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 
 from llm4ehr.vocabulary import CodeEntry, Vocabulary
+from service.access.authenticator import Anyone
 from service.api import Dependencies, create_app
 from service.core import (
     BundleInfo,
@@ -247,7 +248,12 @@ async def running(
     app = create_app(
         Settings(log_path=path, **settings),
         Dependencies(
-            log=log, model=fake_model(engine), loader=loader, clock=clock, tracing=tracing
+            authenticator=Anyone(),
+            log=log,
+            model=fake_model(engine),
+            loader=loader,
+            clock=clock,
+            tracing=tracing,
         ),
     )
     transport = httpx.ASGITransport(app=app)

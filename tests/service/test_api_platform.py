@@ -12,6 +12,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from llm4ehr import __version__
+from service.access.authenticator import Anyone
 from service.api import Dependencies, create_app, schemas
 from service.log import SqliteLog
 from service.settings import Settings
@@ -133,7 +134,7 @@ async def test_two_apps_share_nothing(tmp_path: Path) -> None:
     apps = [
         create_app(
             Settings(),
-            Dependencies(log=log, model=fake_model(), clock=Clock()),
+            Dependencies(log=log, authenticator=Anyone(), model=fake_model(), clock=Clock()),
         )
         for log in logs
     ]
@@ -146,7 +147,9 @@ async def test_a_bundle_that_reads_the_future_is_refused(log_path: Path) -> None
     log = SqliteLog(log_path)
     engine = FakeEngine(replace(BUNDLE, causal=False))
     with pytest.raises(ValueError, match="causal"):
-        create_app(Settings(), Dependencies(log=log, model=fake_model(engine)))
+        create_app(
+            Settings(), Dependencies(log=log, authenticator=Anyone(), model=fake_model(engine))
+        )
     await log.close()
 
 

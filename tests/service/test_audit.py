@@ -16,6 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from llm4ehr.bundle import Bundle, Network
+from service.access.authenticator import Anyone
 from service.api import Dependencies, create_app
 from service.audit import Auditor
 from service.engine.backends.torch_cpu import TorchCpuBackend
@@ -66,7 +67,7 @@ async def audited(bundle: Bundle, log_path: Path, anyio_backend: str) -> AsyncIt
     engine, clock, log = engine_of(bundle, backend=backend), Clock(at(8)), SqliteLog(log_path)
     app = create_app(
         Settings(log_path=log_path, audit_interval_seconds=None),
-        Dependencies(log=log, model=model_of(bundle, engine), clock=clock),
+        Dependencies(log=log, authenticator=Anyone(), model=model_of(bundle, engine), clock=clock),
     )
     engine.start()
     try:

@@ -1,0 +1,52 @@
+"""How a client proves who it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.access.principal import Principal, Scope
+
+
+class Unauthenticated(Exception):
+    """Nobody was recognised. The message says why, and repeats nothing that was sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Credentials:
+    """What a request says of its sender. Never printed: it holds secrets."""
+
+    authorization: str | None
+    """The header of that name."""
+    subject: str | None
+    """Of the client's certificate, as a gateway tells it."""
+    gateway_secret: str | None
+    peer: str
+    """Address of the other end of the connection; empty if it is none."""
+    forwarded_for: str | None
+    """Address of the client, as a gateway tells it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recognised:
+    """Who sent a request, and from where."""
+
+    principal: Principal
+    address: str
+
+
+class Authenticator(Protocol):
+    """Recognises clients."""
+
+    async def recognise(self, credentials: Credentials) -> Recognised:
+        """Who sends this. Raises Unauthenticated."""
+        ...
+
+
+class Anyone:
+    """Takes everybody for a client that may do everything: for demonstrations alone."""
+
+    _principal = Principal(id="anyone", method="open", scopes=frozenset(Scope))
+
+    async def recognise(self, credentials: Credentials) -> Recognised:
+        return Recognised(principal=self._principal, address=credentials.peer)
