@@ -57,8 +57,9 @@ minilm: $(STAMP) ## add the MiniLM weights that training can start from
 serve: $(STAMP) ## start the service on 127.0.0.1:8000 and replay real stays into it
 	$(PY) -m service serve --demo
 
+# One process of tests a core; a file of tests stays in one, for its fixtures.
 test: lint ## run the linters and every test
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses $(CORES) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## run ruff, mypy and import-linter
 	$(BIN)/ruff check .
