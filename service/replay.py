@@ -25,6 +25,9 @@ from llm4ehr.variables import VARIABLES
 
 _log = logging.getLogger(__name__)
 
+DEMO_STORE = Path(__file__).parent / "demo" / "store"
+"""Stays that come with the service."""
+
 _SYSTEM_URIS = {"LOINC": "http://loinc.org", "SNOMED": "http://snomed.info/sct"}
 
 

@@ -17,7 +17,8 @@ import pytest
 
 from llm4ehr.bundle import load_bundle
 from llm4ehr.store import EpisodeStore
-from service.__main__ import DEMO_STORE, main
+from service.__main__ import main
+from service.replay import DEMO_STORE
 from tests.end_to_end.server import PATIENCE_S, Server, environment
 
 

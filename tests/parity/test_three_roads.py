@@ -19,10 +19,11 @@ from llm4ehr.bundle import Bundle, Network, load_bundle
 from llm4ehr.episode import Episode, featurise
 from llm4ehr.offline import TOLERANCE, score_episodes
 from llm4ehr.store import EpisodeStore
-from service.__main__ import DEMO_STORE, main
+from service.__main__ import main
 from service.core import EpisodeView
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.log import SqliteLog
+from service.replay import DEMO_STORE
 from tests.online import save_tiny
 from tests.streaming import service_of, sorted_items, stream
 

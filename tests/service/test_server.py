@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-import service.__main__ as command
+import service.commands.serve as command
 from service import server
 from service.settings import Settings
 from tests.service.fakes import running

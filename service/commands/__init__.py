@@ -1,0 +1,1 @@
+"""Commands of `python -m service`, one module each. `add` registers its parser."""
