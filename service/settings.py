@@ -20,6 +20,9 @@ PREFIX = "LLM4EHR_"
 SETTINGS_FILE = "LLM4EHR_SETTINGS_FILE"
 """Names a file of further settings, NAME=value; what is in the environment wins."""
 
+# Beyond some years nothing is meant, and sums of times soon leave the calendar.
+_MAX_HOURS = 87_600
+
 # Names under our prefix that other parts of the project read.
 _FOREIGN = (SETTINGS_FILE, "LLM4EHR_BACKBONES", "LLM4EHR_DATA", "LLM4EHR_TEST_")
 
@@ -107,10 +110,10 @@ class Settings(BaseSettings):
     torch_threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of a forward pass; None: one less than the cores."""
 
-    read_deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    read_deadline_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
     """How long a read waits for the engine; a client may ask for less."""
 
-    write_deadline_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    write_deadline_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
     """How long the body of a write may take to come, and after it a write to be in the log."""
 
     max_waiting_writes: Annotated[int, Field(ge=1)] = 1024
@@ -140,13 +143,13 @@ class Settings(BaseSettings):
     scoring_enabled: bool = True
     """The kill switch: without it data is taken and kept, but no score is computed or shown."""
 
-    allowed_lateness_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    allowed_lateness_hours: Annotated[float, Field(ge=0, le=_MAX_HOURS)] = 2.0
     """How long after its end an hour stays preliminary."""
 
-    staleness_limit_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 12.0
+    staleness_limit_hours: Annotated[float, Field(gt=0, le=_MAX_HOURS)] | None = 12.0
     """Age of the newest data beyond which no score is shown; None: no limit."""
 
-    future_tolerance_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    future_tolerance_minutes: Annotated[float, Field(ge=0, le=60 * _MAX_HOURS)] = 5.0
     """How far the clocks of senders may run ahead of ours."""
 
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20

@@ -1,0 +1,98 @@
+"""What every fuzz test uses: how many examples, a running service, what an answer may never be."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from hypothesis import HealthCheck, settings
+
+from service.api.problems import MEDIA_TYPE, PROBLEMS
+from tests.service.fakes import Client, running
+
+FACTOR = int(os.environ.get("LLM4EHR_TEST_FUZZ", "1"))
+"""1 for `make test`: few examples, always the same. `make fuzz` sets a larger one: other examples
+every time.
+"""
+
+MARK = "cAnArY"
+"""Stands in every text that is made up: no error may repeat it."""
+
+TRIED: Counter[str] = Counter()
+"""Examples by test, and requests."""
+
+
+def examples(n: int) -> settings:
+    """Settings of a property that is tried with `n` examples in `make test`."""
+    return settings(
+        max_examples=n * FACTOR,
+        deadline=None,
+        derandomize=FACTOR == 1,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def tried(what: str) -> None:
+    """Count one example."""
+    TRIED[what] += 1
+
+
+class Asked:
+    """A running service with a fake engine, asked without await."""
+
+    def __init__(self, runner: asyncio.Runner, client: Client) -> None:
+        self.client = client
+        self._runner = runner
+
+    def request(self, method: str, path: str, **what: Any) -> httpx.Response:
+        """Ask, and hold the answer against what is promised of every answer."""
+        TRIED["requests"] += 1
+        response = self.run(self.client.http.request(method, path, **what))
+        assert_fair(response)
+        return response
+
+    def run(self, coroutine: Any) -> Any:
+        """Run a coroutine on the loop of the service."""
+        return self._runner.run(coroutine)
+
+    def rows(self) -> int:
+        """How many entries the log holds."""
+        return int(self.run(self._rows()))
+
+    async def _rows(self) -> int:
+        return sum((await self.client.log.heads()).values())
+
+
+@contextmanager
+def asked(folder: Path, **settings: Any) -> Iterator[Asked]:
+    """A service on a log in the folder."""
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+        client = runner.run(stack.enter_async_context(running(folder / "log.sqlite", **settings)))
+        try:
+            yield Asked(runner, client)
+        finally:
+            runner.run(stack.aclose())
+
+
+def assert_fair(response: httpx.Response) -> None:
+    """An answer, or a problem that is in the table and repeats nothing that was sent."""
+    assert response.status_code < 500, response.text
+    if response.status_code < 400:
+        return
+    assert MARK not in response.text
+    if response.request.url.path.startswith("/v2"):
+        assert set(response.json()) == {"error"}
+        return
+    assert response.headers["content-type"] == MEDIA_TYPE
+    problem = response.json()
+    name = problem["type"].removeprefix("/problems/")
+    assert (response.status_code, problem["title"]) == PROBLEMS[name]
