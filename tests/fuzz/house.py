@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from hypothesis import HealthCheck, settings
 
 from service.api.problems import MEDIA_TYPE, PROBLEMS
 from tests.service.fakes import Client, running
+
+_T = TypeVar("_T")
+_E = TypeVar("_E", bound=Exception)
 
 FACTOR = int(os.environ.get("LLM4EHR_TEST_FUZZ", "1"))
 """1 for `make test`: few examples, always the same. `make fuzz` sets a larger one: other examples
@@ -38,6 +41,14 @@ def examples(n: int) -> settings:
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
+
+
+def attempt(kind: type[_E] | tuple[type[_E], ...], call: Callable[[], _T]) -> _T | _E:
+    """What a call gives, or the error of that kind that it raises; any other passes through."""
+    try:
+        return call()
+    except kind as error:
+        return error
 
 
 def tried(what: str) -> None:
