@@ -163,7 +163,7 @@ class CatchUp:
     async def _all_episodes(self) -> list[str]:
         while True:
             try:
-                return await self._log.episode_ids()
+                return list(await self._log.heads())
             except LogUnavailable:
                 _logger.warning("the log cannot be read; trying again")
                 await asyncio.sleep(_LOG_PAUSE_S)

@@ -29,6 +29,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+pytest_plugins = ["tests.postgres"]
+
 settings.register_profile("stable", deadline=None, derandomize=True)
 settings.load_profile("stable")
 

@@ -142,6 +142,7 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         loop = asyncio.get_running_loop()
         before = loop.get_exception_handler()
         loop.set_exception_handler(_report)
+        await log.open()
         service.start()
         auditor.start()
         pulse.start()

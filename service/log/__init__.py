@@ -1,8 +1,21 @@
-"""The durable, append-only record of what was received."""
+"""The log: what was received, in an append-only store that is the only source of truth."""
 
-from __future__ import annotations
-
-from service.log.base import EventLog, LogUnavailable, SequenceConflict
+from service.log.base import (
+    EventLog,
+    LogCorrupt,
+    LogUnavailable,
+    Retired,
+    SequenceConflict,
+    Unconfirmed,
+)
 from service.log.sqlite import SqliteLog
 
-__all__ = ["EventLog", "LogUnavailable", "SequenceConflict", "SqliteLog"]
+__all__ = [
+    "EventLog",
+    "LogCorrupt",
+    "LogUnavailable",
+    "Retired",
+    "SequenceConflict",
+    "SqliteLog",
+    "Unconfirmed",
+]

@@ -27,6 +27,10 @@ class LogCorrupt(Exception):
     """What the log holds of an episode is not what was written. Others are not affected."""
 
 
+class Retired(Exception):
+    """The time to keep the episode is over: its entries are gone, and its id is not used again."""
+
+
 class EventLog(ABC):
     """Append-only entries, numbered 1, 2, 3 ... within each episode.
 
@@ -57,8 +61,8 @@ class EventLog(ABC):
         by the time this returns.
 
         `recorded_at` must carry an offset. With `expected_seq` the episode must end at that number
-        (0: it must not exist). Raises SequenceConflict, LogUnavailable, Unconfirmed; ValueError if
-        there is nothing to write.
+        (0: it must not exist). Raises SequenceConflict, Retired, LogUnavailable, Unconfirmed;
+        ValueError if there is nothing to write, or something that no database can hold.
         """
 
     @abstractmethod

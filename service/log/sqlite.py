@@ -12,108 +12,97 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import apsw
 
 from service.entries import Draft, Entry
-from service.log.base import EventLog, LogUnavailable, SequenceConflict
-from service.log.rows import from_rows, number, to_row
+from service.log.base import EventLog, LogCorrupt, LogUnavailable, Retired, SequenceConflict
+from service.log.migrate import USER_VERSION
+from service.log.rows import FIRST, AuditChain, from_rows, number, to_rows
+from service.log.sqlite_file import FileLock, open_reader, open_writer
+from service.trail.record import AuditRecord
 
-SCHEMA_VERSION = 1
-MIN_SQLITE = 3_051_003
 MAX_GROUP = 256
-"""Appends in one transaction; bounds how long the first of them waits for the last."""
-
-_BUSY_MS = 5_000
+"""Writes in one transaction; bounds how long the first of them waits for the last."""
 
 # How often a log that could not be written is tried again while nobody writes.
 _TRY_AGAIN_S = 5.0
 
-_SCHEMA = """
-CREATE TABLE log (
-    episode_id   TEXT    NOT NULL,
-    seq          INTEGER NOT NULL CHECK (seq > 0),
-    kind         TEXT    NOT NULL,
-    item_id      TEXT,
-    effective_at INTEGER,              -- microseconds since 1970, UTC, as are all times here
-    available_at INTEGER,
-    recorded_at  INTEGER NOT NULL,
-    target       TEXT,
-    payload      TEXT    NOT NULL,     -- JSON
-    PRIMARY KEY (episode_id, seq),
-    UNIQUE (episode_id, item_id)
-) STRICT, WITHOUT ROWID;
-CREATE TRIGGER log_is_never_updated BEFORE UPDATE ON log
-    BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
-CREATE TRIGGER log_is_never_deleted BEFORE DELETE ON log
-    BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
-"""
-
-_INSERT = "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_HEAD = "SELECT coalesce(max(seq), 0) FROM log WHERE episode_id = ?"
+_INSERT = "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT_AUDIT = "INSERT INTO audit VALUES (?, ?, ?, ?, ?)"
+_HEAD = "SELECT seq, hash FROM log WHERE episode_id = ? ORDER BY seq DESC LIMIT 1"
+_RETIRED = "SELECT EXISTS (SELECT 1 FROM retired WHERE episode_id = ?)"
 _ENTRIES = """
 SELECT seq, kind, item_id, effective_at, available_at, recorded_at, target, payload
 FROM log WHERE episode_id = ? AND seq > ? ORDER BY seq
 """
 # Steps from one episode to the next through the primary key instead of reading every row.
-_EPISODES = """
+_HEADS = """
 WITH RECURSIVE episode (id) AS (
     SELECT min(episode_id) FROM log
     UNION ALL
     SELECT (SELECT min(episode_id) FROM log WHERE episode_id > episode.id)
     FROM episode WHERE episode.id IS NOT NULL
+),
+head (id, seq) AS (
+    SELECT id, (SELECT max(seq) FROM log WHERE episode_id = id) FROM episode WHERE id IS NOT NULL
 )
-SELECT id FROM episode WHERE id IS NOT NULL
-ORDER BY (SELECT recorded_at FROM log WHERE episode_id = id ORDER BY seq DESC LIMIT 1) DESC, id
+SELECT head.id, head.seq FROM head JOIN log ON log.episode_id = head.id AND log.seq = head.seq
+ORDER BY log.recorded_at DESC, head.id
 """
 
 _T = TypeVar("_T")
 
 
-@dataclass(slots=True)
-class _Append:
-    """One call of `append` on its way to the writer, and what came of it."""
+@dataclass(slots=True, kw_only=True)
+class _Write:
+    """One call of `append` or `record` on its way to the writer, and what came of it."""
 
-    episode_id: str
-    drafts: Sequence[Draft]
-    recorded_at: datetime
-    expected_seq: int | None
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[list[Entry]]
+    records: Sequence[AuditRecord]
+    episode_id: str = ""
+    drafts: Sequence[Draft] = ()
+    recorded_at: datetime | None = None
+    expected_seq: int | None = None
     entries: list[Entry] | None = None
     error: Exception | None = None
 
 
 class SqliteLog(EventLog):
-    """A log in the file `path`, made if it does not exist.
+    """A log in the file `path`, made if it does not exist, and brought to this version's schema.
 
-    Raises LogUnavailable if the SQLite library is too old, or the file cannot be opened or was
-    written by another version of this schema.
+    Raises LogUnavailable if another process has the log, if the SQLite library is too old, or the
+    file cannot be opened or has a schema that is not known.
     """
 
+    shared: ClassVar[bool] = False
+
     def __init__(self, path: Path) -> None:
-        if apsw.SQLITE_VERSION_NUMBER < MIN_SQLITE or _library_version() < MIN_SQLITE:
-            raise LogUnavailable(
-                f"SQLite {apsw.sqlite_lib_version()} is too old: 3.51.3 or later is needed"
-            )
+        self._lock = FileLock(path)
         try:
-            self._writer = _open_writer(path)
-            self._reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-        except (apsw.Error, OSError) as error:
-            raise LogUnavailable(f"cannot open the log {path}: {error}") from error
-        self._reader.set_busy_timeout(_BUSY_MS)
-        self._queue: queue.SimpleQueue[_Append | None] = queue.SimpleQueue()
+            self._writer = open_writer(path)
+            self._reader = open_reader(path)
+        except LogUnavailable:
+            self._lock.release()
+            raise
+        self._audit = AuditChain(uuid.uuid4().hex)
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._available = True
         self._closed = False
         self._read_pool = ThreadPoolExecutor(1, thread_name_prefix="log-read")
         self._thread = threading.Thread(target=self._write_loop, name="log-write", daemon=True)
         self._thread.start()
+
+    async def open(self) -> None:
+        """Nothing is left to do: the file is open."""
 
     async def append(
         self,
@@ -121,34 +110,42 @@ class SqliteLog(EventLog):
         drafts: Sequence[Draft],
         recorded_at: datetime,
         expected_seq: int | None,
+        record: AuditRecord | None = None,
     ) -> list[Entry]:
         if not drafts:
             raise ValueError("nothing to append")
-        if self._closed:
-            raise LogUnavailable("the log is closed")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Entry]] = loop.create_future()
-        self._queue.put(
-            _Append(
+        return await self._put(
+            _Write(
+                loop=loop,
+                future=loop.create_future(),
+                records=() if record is None else (record,),
                 episode_id=episode_id,
                 drafts=drafts,
                 recorded_at=recorded_at,
                 expected_seq=expected_seq,
-                loop=loop,
-                future=future,
             )
         )
-        return await future
+
+    async def record(self, records: Sequence[AuditRecord]) -> None:
+        loop = asyncio.get_running_loop()
+        await self._put(_Write(loop=loop, future=loop.create_future(), records=records))
 
     async def entries(self, episode_id: str, after_seq: int = 0) -> list[Entry]:
         return await self._read(
             lambda db: from_rows(
-                episode_id, db.execute(_ENTRIES, (episode_id, after_seq)).fetchall()
+                episode_id, after_seq, db.execute(_ENTRIES, (episode_id, after_seq)).fetchall()
             )
         )
 
-    async def episode_ids(self) -> list[str]:
-        return await self._read(lambda db: [str(row[0]) for row in db.execute(_EPISODES)])
+    async def heads(self) -> dict[str, int]:
+        rows = await self._read(lambda db: db.execute(_HEADS).fetchall())
+        return {str(episode_id): int(str(seq)) for episode_id, seq in rows}
+
+    async def changes(self) -> AsyncIterator[str | None]:
+        others: tuple[str, ...] = ()  # no other process writes
+        for episode_id in others:
+            yield episode_id
 
     def available(self) -> bool:
         return self._available and not self._closed
@@ -163,6 +160,13 @@ class SqliteLog(EventLog):
         # The writer goes last: whoever closes last checkpoints.
         self._reader.close()
         self._writer.close()
+        self._lock.release()
+
+    async def _put(self, write: _Write) -> list[Entry]:
+        if self._closed:
+            raise LogUnavailable("the log is closed")
+        self._queue.put(write)
+        return await write.future
 
     async def _read(self, query: Callable[[apsw.Connection], _T]) -> _T:
         if self._closed:
@@ -170,6 +174,8 @@ class SqliteLog(EventLog):
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._read_pool, query, self._reader)
+        except (apsw.CorruptError, UnicodeDecodeError) as error:
+            raise LogCorrupt("the log cannot be read") from error
         except apsw.Error as error:
             raise LogUnavailable(f"cannot read the log: {type(error).__name__}") from error
 
@@ -190,9 +196,9 @@ class SqliteLog(EventLog):
             late = []
             while not self._queue.empty():
                 late.append(self._queue.get_nowait())
-            _deliver([append for append in late if append is not None])
+            _deliver([write for write in late if write is not None])
 
-    def _next(self) -> _Append | None:
+    def _next(self) -> _Write | None:
         """Wait for something to write; meanwhile find out when an unavailable log is well again."""
         while not self._available:
             try:
@@ -204,10 +210,10 @@ class SqliteLog(EventLog):
     def _try_again(self) -> None:
         """Write what is there already: the disk and the lock are needed, the log stays as it is."""
         with contextlib.suppress(apsw.Error, OSError, MemoryError):
-            self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self._writer.execute(f"PRAGMA user_version = {USER_VERSION}")
             self._available = True
 
-    def _fill(self, group: list[_Append]) -> bool:
+    def _fill(self, group: list[_Write]) -> bool:
         """Add what already waits to a group; True if the log is to close after it."""
         while len(group) < MAX_GROUP:
             try:
@@ -219,90 +225,79 @@ class SqliteLog(EventLog):
             group.append(waiting)
         return False
 
-    def _commit(self, group: Sequence[_Append]) -> None:
+    def _commit(self, group: Sequence[_Write]) -> None:
         """Write a group in one transaction. Entries are handed out only once it is durable."""
-        db = self._writer
-        written: list[tuple[_Append, list[Entry]]] = []
+        db, audit = self._writer, self._audit
+        written: list[tuple[_Write, list[Entry]]] = []
         try:
             db.execute("BEGIN IMMEDIATE")
-            for append in group:
+            for write in group:
                 try:
-                    written.append((append, self._write_one(append)))
-                except (SequenceConflict, TypeError, ValueError) as error:
-                    append.error = error
+                    entries, audit = self._write_one(write, audit)
+                    written.append((write, entries))
+                except (Retired, SequenceConflict, TypeError, ValueError) as error:
+                    write.error = error
             db.execute("COMMIT")
         except (apsw.Error, OSError, MemoryError) as error:
             self._available = False
-            for append in group:
-                append.error = LogUnavailable(f"cannot write the log: {type(error).__name__}")
-                append.error.__cause__ = error
+            for write in group:
+                write.error = LogUnavailable(f"cannot write the log: {type(error).__name__}")
+                write.error.__cause__ = error
             if db.in_transaction:
                 db.execute("ROLLBACK")
             return
         self._available = True
-        for append, entries in written:
-            append.entries = entries
+        self._audit = audit
+        for write, entries in written:
+            write.entries = entries
 
-    def _write_one(self, append: _Append) -> list[Entry]:
-        """One append under a savepoint, so that its failure leaves its neighbours alone.
+    def _write_one(self, write: _Write, audit: AuditChain) -> tuple[list[Entry], AuditChain]:
+        """One write under a savepoint, so that its failure leaves its neighbours alone.
 
         Errors of the disk concern the whole transaction and pass through.
         """
         db = self._writer
         try:
             with db:  # a savepoint, since a transaction is open
-                head = int(db.execute(_HEAD, (append.episode_id,)).get)
-                if append.expected_seq is not None and head != append.expected_seq:
-                    raise SequenceConflict(f"the episode ends at {head}, not {append.expected_seq}")
-                entries = number(append.episode_id, head, append.drafts, append.recorded_at)
-                db.executemany(_INSERT, [to_row(entry) for entry in entries])
+                entries = [] if write.recorded_at is None else self._insert(write)
+                lines, audit = audit.to_rows(write.records)
+                db.executemany(_INSERT_AUDIT, lines)
         except apsw.ConstraintError as error:
+            if write.recorded_at is None:
+                raise  # nothing of a client can be in conflict there
+            if db.execute(_RETIRED, (write.episode_id,)).get:
+                raise Retired("the time to keep the episode is over") from error
             raise SequenceConflict("an item id is already in the episode") from error
+        return entries, audit
+
+    def _insert(self, write: _Write) -> list[Entry]:
+        db = self._writer
+        assert write.recorded_at is not None
+        head, previous = db.execute(_HEAD, (write.episode_id,)).fetchone() or (0, FIRST)
+        if write.expected_seq is not None and head != write.expected_seq:
+            raise SequenceConflict(f"the episode ends at {head}, not {write.expected_seq}")
+        entries = number(write.episode_id, head, write.drafts, write.recorded_at)
+        db.executemany(_INSERT, to_rows(entries, previous))
         return entries
 
 
-def _library_version() -> int:
-    major, minor, patch = (int(part) for part in apsw.sqlite_lib_version().split("."))
-    return major * 1_000_000 + minor * 1_000 + patch
-
-
-def _open_writer(path: Path) -> apsw.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    db = apsw.Connection(str(path))
-    db.set_busy_timeout(_BUSY_MS)
-    if db.execute("PRAGMA journal_mode = WAL").get != "wal":
-        raise LogUnavailable(f"the file system of {path} does not support WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    version = db.execute("PRAGMA user_version").get
-    if version == 0:
-        with db:
-            db.execute(_SCHEMA)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    elif version != SCHEMA_VERSION:
-        db.close()
-        raise LogUnavailable(
-            f"log {path} has schema {version}, this version reads {SCHEMA_VERSION}"
-        )
-    return db
-
-
-def _deliver(group: Sequence[_Append]) -> None:
+def _deliver(group: Sequence[_Write]) -> None:
     """Tell all callers of a group, and wake each of their loops once: a loop woken for the first
     would take the interpreter from this thread while the others wait.
     """
-    by_loop: dict[asyncio.AbstractEventLoop, list[_Append]] = {}
-    for append in group:
-        by_loop.setdefault(append.loop, []).append(append)
-    for loop, appends in by_loop.items():
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Write]] = {}
+    for write in group:
+        by_loop.setdefault(write.loop, []).append(write)
+    for loop, writes in by_loop.items():
         with contextlib.suppress(RuntimeError):  # a closed loop: nobody is left to tell
-            loop.call_soon_threadsafe(_resolve, appends)
+            loop.call_soon_threadsafe(_resolve, writes)
 
 
-def _resolve(appends: Sequence[_Append]) -> None:
-    for append in appends:
-        if append.future.done():  # its caller went away; the data is durable all the same
+def _resolve(writes: Sequence[_Write]) -> None:
+    for write in writes:
+        if write.future.done():  # its caller went away; the data is durable all the same
             continue
-        if append.entries is not None:
-            append.future.set_result(append.entries)
+        if write.entries is not None:
+            write.future.set_result(write.entries)
         else:
-            append.future.set_exception(append.error or LogUnavailable("not written"))
+            write.future.set_exception(write.error or LogUnavailable("not written"))

@@ -41,7 +41,7 @@ def read_log(path: Path) -> dict[str, list[Entry]]:
     async def read() -> dict[str, list[Entry]]:
         log = SqliteLog(copy / path.name)
         try:
-            return {name: await log.entries(name) for name in await log.episode_ids()}
+            return {name: await log.entries(name) for name in await log.heads()}
         finally:
             await log.close()
 

@@ -1,0 +1,87 @@
+"""Opening the SQLite file of a log: one writing process at a time, its schema up to date."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import apsw
+
+from service.log.base import LogUnavailable
+from service.log.migrate import SCHEMA, WrongSchema, migrate_file, revision_of_file
+
+MIN_SQLITE = 3_051_003
+BUSY_MS = 5_000
+
+
+class FileLock:
+    """An advisory lock on `<path>.lock`: it ends with the process, however that ends.
+
+    SQLite itself lets several processes write in turn; the service holds in memory what it wrote,
+    and has to be the only one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises LogUnavailable if another process has it, or the file cannot be made."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LogUnavailable(f"cannot open the log {path}: {error}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._file)
+            raise LogUnavailable(f"the log {path} is in use by another process") from error
+
+    def release(self) -> None:
+        os.close(self._file)
+
+
+def open_writer(path: Path) -> apsw.Connection:
+    """The connection that writes and checkpoints, its schema up to date; the lock must be held.
+
+    Raises LogUnavailable.
+    """
+    _require_library()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = apsw.Connection(str(path))
+        db.set_busy_timeout(BUSY_MS)
+        if db.pragma("journal_mode", "wal") != "wal":
+            raise LogUnavailable(f"the file system of {path} does not support WAL")
+        db.pragma("synchronous", "full")
+        migrate_file(db)
+    except (apsw.Error, OSError) as error:
+        raise LogUnavailable(f"cannot open the log {path}: {error}") from error
+    return db
+
+
+def open_reader(path: Path) -> apsw.Connection:
+    """A connection that cannot write. Raises LogUnavailable, WrongSchema."""
+    _require_library()
+    try:
+        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        db.set_busy_timeout(BUSY_MS)
+        revision = revision_of_file(db)
+    except apsw.Error as error:
+        raise LogUnavailable(f"cannot open the log {path}: {error}") from error
+    if revision != SCHEMA:
+        raise WrongSchema(
+            f"the log {path} has schema {revision}, this version reads {SCHEMA}:"
+            " run `python -m service log migrate`"
+        )
+    return db
+
+
+def _require_library() -> None:
+    if apsw.SQLITE_VERSION_NUMBER < MIN_SQLITE or _library_version() < MIN_SQLITE:
+        raise LogUnavailable(
+            f"SQLite {apsw.sqlite_lib_version()} is too old: 3.51.3 or later is needed"
+        )
+
+
+def _library_version() -> int:
+    major, minor, patch = (int(part) for part in apsw.sqlite_lib_version().split("."))
+    return major * 1_000_000 + minor * 1_000 + patch
