@@ -54,6 +54,9 @@ class Server(uvicorn.Server):
             port=settings.port,
             # Request lines name episodes; metrics count requests without naming anybody.
             access_log=False,
+            # The peer is who connects; what a gateway says of its client is for `service.access`.
+            proxy_headers=False,
+            server_header=False,
             timeout_graceful_shutdown=max(int(_REQUESTS * (self._timeout_s - self._grace_s)), 1),
         )
         super().__init__(config)

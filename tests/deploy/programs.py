@@ -1,0 +1,48 @@
+"""Programs that the tests of the deployment run; a test skips where one is missing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.server import PATIENCE_S, ROOT
+
+DEPLOY = ROOT / "deploy"
+
+
+def program(name: str) -> str:
+    """Its path: in the environment, on the search path, or where Debian keeps servers."""
+    own = Path(sys.executable).with_name(name)
+    if own.exists():
+        return str(own)
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """Run to a success; returns what it said."""
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, _said(command, done)
+    return done.stdout
+
+
+def _said(command: Sequence[str | Path], done: subprocess.CompletedProcess[str]) -> str:
+    return f"{' '.join(map(str, command))} -> {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what happens in another process."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not get there"
+        time.sleep(0.05)
