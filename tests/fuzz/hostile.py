@@ -43,6 +43,8 @@ _ODD_STRINGS = st.sampled_from(
 )
 _STRINGS = (marked | long_texts).map(json.dumps)
 scalars = _NUMBERS | _ODD_STRINGS | _STRINGS
+mild = st.integers(-(10**30), 10**30).map(str) | marked.map(json.dumps) | _NUMBERS
+"""What parses, but for a number of thousands of digits."""
 
 
 def _nested(depth: int) -> str:
