@@ -98,7 +98,7 @@ class Auditor:
         episode_id, served = state.episode_id, live.kept(state)
         # The log, not the memory: what is wrong there is to be found as well.
         entries = await self._log.entries(episode_id)
-        if served is None or entries[-1].seq != served.view.seq:
+        if served is None or not entries or entries[-1].seq != served.view.seq:
             return "skipped"
         view = episode_at(entries)
         if view.deleted or view.head_hour < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -23,7 +24,7 @@ from service.decisions import (
 )
 from service.ingest import Batch, Rules
 from service.live import LiveScores
-from service.log.base import EventLog, LogUnavailable, SequenceConflict
+from service.log.base import EventLog, LogUnavailable, Retired, SequenceConflict, Unconfirmed
 from service.memory import Memory
 from service.models.manager import Models
 from service.settings import Settings
@@ -35,7 +36,12 @@ _T = TypeVar("_T")
 # A decision: what to write, and the outcome to report, judged from the state and the time.
 _Decide = Callable[[EpisodeState | None, datetime], tuple[Sequence[Draft], _T]]
 
+# How often a write is judged again where nobody else should write; where others do, there is no
+# limit but the deadline.
 _MAX_CONFLICTS = 5
+
+# Between two tries a random time up to this, doubled with each, up to the longest.
+_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
 
 class SeqNotReached(Exception):
@@ -149,17 +155,20 @@ class EpisodeService:
         """
         if not visit.principal.may_name(episode_id):
             raise Forbidden
-        state = await self._memory.load(episode_id)
+        future = isinstance(as_of, datetime) and as_of > self._clock()
+        if isinstance(as_of, datetime):
+            # A write that has its time already may not be in the log yet.
+            async with self._lock(episode_id):
+                state = await self._memory.load(episode_id)
+        else:
+            state = await self._memory.load(episode_id)
         if state is None or not visit.principal.may_see(state.view.statics):
             raise UnknownEpisode
-        wanted = max(min_seq, as_of if isinstance(as_of, int) else 0)
-        if wanted > state.seq:
-            state.extend(await self._log.entries(episode_id, state.seq))
-            if wanted > state.seq:
-                raise SeqNotReached
+        if state.seq < max(min_seq, as_of if isinstance(as_of, int) else 0):
+            raise SeqNotReached
         view = state.view
         if as_of is not None:
-            if isinstance(as_of, datetime) and as_of > self._clock():
+            if future:
                 raise Refused("as_of", "in-the-future", "nothing is known of the future")
             entries = entries_as_of(state.entries, as_of)
             if not entries:
@@ -177,7 +186,7 @@ class EpisodeService:
 
         With `exact` of that very view. Raises Overloaded, LogUnavailable.
         """
-        state = await self._memory.load(view.episode_id)
+        state = await self._memory.reaching(view.episode_id, view.seq)
         if state is None:
             raise UnknownEpisode
         if exact:
@@ -223,47 +232,72 @@ class EpisodeService:
     async def _decide_and_append(
         self, visit: Visit, episode_id: str, decide: _Decide[_T]
     ) -> tuple[EpisodeState, _T]:
-        lock = self._locks.setdefault(episode_id, asyncio.Lock())
-        async with lock:
-            for _ in range(_MAX_CONFLICTS):
-                state = await self._memory.load(episode_id)
-                if state is not None and not visit.principal.may_see(state.view.statics):
-                    raise UnknownEpisode
-                now = self._clock()
-                with timing.measured("judge"):
-                    drafts, outcome = decide(state, now)
-                if not all(visit.principal.may_see(statics) for statics in _admitted(drafts)):
-                    raise Forbidden
-                if not drafts:
-                    assert state is not None
-                    return state, outcome
-                if state is not None:
-                    # A clock set back must not make the two orders of entries disagree.
-                    now = max(now, state.entries[-1].recorded_at)
-                started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self._write_s
+        tries, pause = 0, _PAUSE_S
+        async with self._lock(episode_id):
+            while True:
                 try:
-                    entries = await self._log.append(
-                        episode_id,
-                        drafts,
-                        now,
-                        0 if state is None else state.seq,
-                        record_of(visit, _action(state, drafts), "success", to_us(now)),
-                    )
+                    return await self._try(visit, episode_id, decide, look=tries > 0)
                 except SequenceConflict:
                     # Another process wrote: read what it wrote, and judge again.
-                    if state is not None:
-                        state.extend(await self._log.entries(episode_id, state.seq))
-                    continue
-                visit.recorded = True
-                self._on_commit(time.perf_counter() - started)
-                if state is None:
-                    state = EpisodeState(entries)
-                else:
-                    state.extend(entries)
-                state = self._memory.offer(state)
-                self._models.changed(state)
-                return state, outcome
-        raise LogUnavailable("too many writers of one episode")
+                    tries += 1
+                    lone = not self._log.shared and tries >= _MAX_CONFLICTS
+                    if lone or loop.time() >= give_up:
+                        raise LogUnavailable("too many writers of one episode") from None
+                await asyncio.sleep(random.uniform(0, pause))
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    async def _try(
+        self, visit: Visit, episode_id: str, decide: _Decide[_T], *, look: bool
+    ) -> tuple[EpisodeState, _T]:
+        """Judge by what the log has now, and append; `look` though nobody else should write.
+
+        Raises SequenceConflict.
+        """
+        load = self._memory.look if look else self._memory.load
+        state = await load(episode_id)
+        if state is not None and not visit.principal.may_see(state.view.statics):
+            raise UnknownEpisode
+        now = self._clock()
+        with timing.measured("judge"):
+            drafts, outcome = decide(state, now)
+        if not all(visit.principal.may_see(statics) for statics in _admitted(drafts)):
+            raise Forbidden
+        if not drafts:
+            assert state is not None
+            return state, outcome
+        if state is not None:
+            # A clock set back must not make the two orders of entries disagree.
+            now = max(now, state.entries[-1].recorded_at)
+        started = time.perf_counter()
+        try:
+            entries = await self._log.append(
+                episode_id,
+                drafts,
+                now,
+                0 if state is None else state.seq,
+                record_of(visit, _action(state, drafts), "success", to_us(now)),
+            )
+        except Unconfirmed:
+            # Whether it is recorded is found out by the next look at the log.
+            self._memory.drop(episode_id)
+            raise
+        except Retired:
+            raise DeletedEpisode from None
+        visit.recorded = True
+        self._on_commit(time.perf_counter() - started)
+        if state is None:
+            state = EpisodeState(entries)
+        else:
+            state.extend(entries)
+        state = self._memory.offer(state)
+        self._models.changed(state)
+        return state, outcome
+
+    def _lock(self, episode_id: str) -> asyncio.Lock:
+        """One writer of an episode at a time in this process."""
+        return self._locks.setdefault(episode_id, asyncio.Lock())
 
 
 def _admitted(drafts: Sequence[Draft]) -> list[Statics]:

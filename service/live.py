@@ -74,6 +74,8 @@ class LiveScores:
         self._submissions: dict[str, _Submission] = {}
         self._not_taken: dict[str, float] = {}  # when the oldest write was that was left behind
         self._summaries: dict[str, Summary] = {}
+        self.seen: dict[str, int] = {}
+        """The last entry that was taken notice of in every episode, deleted ones too."""
         self._kept: OrderedDict[str, ref[EpisodeState]] = OrderedDict()  # scored last comes last
         self._stopped = False
         self._failing: str | None = None
@@ -110,11 +112,13 @@ class LiveScores:
     def note(self, state: EpisodeState) -> None:
         """Take notice of what an episode is now, without scoring it."""
         view = state.view
+        if view.seq < self.seen.get(view.episode_id, 0):
+            return
+        self.seen[view.episode_id] = view.seq
         if view.deleted:
             self._summaries.pop(view.episode_id, None)
-            return
-        previous = self._summaries.get(view.episode_id)
-        if previous is None or view.seq >= previous.seq:
+        else:
+            previous = self._summaries.get(view.episode_id)
             self._summaries[view.episode_id] = summarise(
                 view, previous, self.kept(state), self._lateness
             )
@@ -127,23 +131,29 @@ class LiveScores:
         """The stays in memory of whose scores something is kept, scored last comes last."""
         return [state for kept in self._kept.values() if (state := kept()) is not None]
 
-    def changed(self, state: EpisodeState) -> None:
-        """Take notice of a write and have the episode scored. Never waits and never fails: what was
-        written is durable, whatever becomes of its score.
+    def changed(self, state: EpisodeState, *, urgent: bool = True) -> None:
+        """Take notice of a write and have the episode scored; when there is time if it is not
+        `urgent`. Never waits and never fails: what was written is durable, whatever becomes of its
+        score.
         """
         self.note(state)
         view = state.view
         if view.deleted:
-            self._submissions.pop(view.episode_id, None)
-            self._not_taken.pop(view.episode_id, None)
-            self.engine.forget(view.episode_id)
+            self._ask_no_more(view.episode_id)
         elif self._enabled and view.head_hour >= 0:
-            if self.leads:
+            if self.leads and urgent:
                 written = time.perf_counter()
                 if self._offer(state, written):
                     return
                 self._not_taken.setdefault(view.episode_id, written)
             self.catch_up.leave_behind(view.episode_id)
+
+    def forget(self, episode_id: str) -> None:
+        """Know nothing of an episode, as if it had never been seen."""
+        self.seen.pop(episode_id, None)
+        self._summaries.pop(episode_id, None)
+        self._kept.pop(episode_id, None)
+        self._ask_no_more(episode_id)
 
     def again(self, state: EpisodeState) -> None:
         """Forget what is held of a stay, and have it scored anew."""
@@ -182,7 +192,10 @@ class LiveScores:
                 if scores is not None and scores.seq == pending.view.seq:
                     return Scored(view=pending.view, scores=scores)
             # Overtaken by a newer entry: its scores will do as well.
-            state = await self._load(state.episode_id) or state
+            newer = await self._load(state.episode_id)
+            if newer is None:
+                raise DeletedEpisode
+            state = newer
         raise Overloaded
 
     def _result(self, pending: _Submission) -> Scores | None:
@@ -285,6 +298,11 @@ class LiveScores:
         if first:
             self.on_scored(scored)
 
+    def _ask_no_more(self, episode_id: str) -> None:
+        self._submissions.pop(episode_id, None)
+        self._not_taken.pop(episode_id, None)
+        self.engine.forget(episode_id)
+
     def _report(self, what: str, error: BaseException) -> None:
         """The first of equal failures in a row is logged; metrics count all."""
         kind = type(error).__name__
@@ -310,7 +328,8 @@ class LiveScores:
         """What another model has seen of the log; returns the open stays, newest activity first."""
         await after.catch_up.seen.wait()
         for episode_id, summary in after._summaries.items():
-            if episode_id not in self._summaries:
+            if episode_id not in self.seen:
                 self._summaries[episode_id] = replace(summary, latest=None, scored_seq=None)
+        self.seen = after.seen | self.seen
         newest_first = sorted(self._summaries.values(), key=lambda s: s.updated_at, reverse=True)
         return [s.episode_id for s in newest_first if s.discharged_at is None and s.head_hour >= 0]

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from service.log.base import EventLog
 from service.state import EpisodeState, StateCache
 
 
 class Memory:
-    """Episodes as they are used, read from the log when they are not held."""
+    """Episodes as they are used, read from the log when they are not held.
+
+    Where other processes write to the log as well, what is held of an episode is brought up to it
+    each time before it is used.
+    """
 
     def __init__(self, log: EventLog, max_entries: int) -> None:
         self._log = log
         self._cache = StateCache(max_entries)
+        self.on_lost: Callable[[str], None] = lambda episode_id: None
+        """Called with an episode of which the log does not have any more what was held."""
 
     async def load(self, episode_id: str, *, evict: bool = True) -> EpisodeState | None:
-        """The state of an episode; None if there is no such one. Raises LogUnavailable.
+        """The state of an episode as it stands in the log; None if there is no such one.
 
-        Without `evict` it makes nothing else leave the memory.
+        Without `evict` it makes nothing else leave the memory. Raises LogUnavailable, LogCorrupt.
         """
         state = self._cache.get(episode_id)
-        if state is None:
-            entries = await self._log.entries(episode_id)
-            if not entries:
-                return None
-            state = self._cache.offer(EpisodeState(entries), evict=evict)
+        if state is None or self._log.shared:
+            return await self.look(episode_id, evict=evict)
         return state
+
+    async def look(self, episode_id: str, *, evict: bool = True) -> EpisodeState | None:
+        """The same, with a look at the log in any case."""
+        state = self._cache.get(episode_id)
+        if state is not None:
+            # The last entry that is held comes again: it shows that the log still has it.
+            last = state.entries[-1]
+            entries = await self._log.entries(episode_id, last.seq - 1)
+            if entries and entries[0][:-1] == last[:-1]:
+                state.extend(entries)
+                return self._cache.offer(state, evict=evict)
+            # Its time to be kept is over, or the database went back to an earlier state.
+            if self._cache.get(episode_id) is state:
+                self._cache.drop(episode_id)
+                self.on_lost(episode_id)
+        entries = await self._log.entries(episode_id)
+        return self._cache.offer(EpisodeState(entries), evict=evict) if entries else None
+
+    async def reaching(self, episode_id: str, seq: int) -> EpisodeState | None:
+        """What is held of an episode if it reaches as far as an entry, else what the log has."""
+        state = self._cache.get(episode_id)
+        return state if state is not None and state.seq >= seq else await self.look(episode_id)
 
     def offer(self, state: EpisodeState) -> EpisodeState:
         """Keep the fuller of this state and the one held; returns it."""

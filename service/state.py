@@ -120,13 +120,13 @@ class StateCache:
             return held
         size = len(state.entries)
         growth = size - self._sizes.get(state.episode_id, 0)
-        if not evict and self._total + growth > self._max_entries:
+        if not evict and held is not state and self._total + growth > self._max_entries:
             return state
         self._states[state.episode_id] = state
         self._states.move_to_end(state.episode_id)
         self._sizes[state.episode_id] = size
         self._total += growth
-        while self._total > self._max_entries and len(self._states) > 1:
+        while evict and self._total > self._max_entries and len(self._states) > 1:
             oldest, _ = self._states.popitem(last=False)
             self._total -= self._sizes.pop(oldest)
         return state

@@ -43,6 +43,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "too-many-requests",
         "model-fault",
         "log-unavailable",
+        "log-corrupt",
         "overloaded",
         "deadline-exceeded",
         "engine-unavailable",

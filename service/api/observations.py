@@ -47,6 +47,7 @@ router = APIRouter(tags=["episodes"])
             "log-busy",
             "log-slow",
             "log-unavailable",
+            "log-corrupt",
         ),
     },
 )

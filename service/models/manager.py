@@ -132,11 +132,19 @@ class Models:
         found = (_able(self._versions[n]) for n in sorted(self._versions) if n.name == name)
         return [serving for serving in found if serving is not None]
 
-    def changed(self, state: EpisodeState) -> None:
-        """Take notice of a write: never waits and never fails."""
+    def changed(self, state: EpisodeState, *, urgent: bool = True) -> None:
+        """Take notice of a write: never waits and never fails. One that is not `urgent` is scored
+        when there is time.
+        """
         for version in self._versions.values():
             if version.live is not None:
-                version.live.changed(state)
+                version.live.changed(state, urgent=urgent)
+
+    def forget(self, episode_id: str) -> None:
+        """Know nothing of an episode any more."""
+        for version in self._versions.values():
+            if version.live is not None:
+                version.live.forget(episode_id)
 
     @property
     def vocabularies(self) -> tuple[EventVocabulary, ...]:

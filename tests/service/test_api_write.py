@@ -277,13 +277,6 @@ async def test_another_process_may_write_to_the_same_episode(client: Client) -> 
     assert (await client.http.get("/episodes/e")).json()["counts"]["observations"] == 3
 
 
-async def test_what_another_process_wrote_can_be_waited_for(client: Client) -> None:
-    await client.admit()
-    await client.log.append("e", [Draft(kind="deletion")], at(1), 1)
-    assert (await client.http.get("/episodes/e")).status_code == 200
-    assert (await client.http.get("/episodes/e?min_seq=2")).status_code == 410
-
-
 async def test_the_log_keeps_the_order_when_the_clock_is_set_back(client: Client) -> None:
     await client.admit()
     client.clock.to(0.5)
