@@ -10,12 +10,12 @@ import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from service.access.authenticator import Anyone
+from service.access.opening import open_authenticator
 from service.api.app import Dependencies, create_app
 from service.calibrate import cores
 from service.engine.backends.slot_kernel import slot_library
 from service.engine.metrics import EngineMetrics
-from service.log.sqlite import SqliteLog
+from service.log.opening import open_log
 from service.models.bundles import Bundles
 from service.models.version import Name
 from service.settings import Settings
@@ -36,9 +36,10 @@ def build_app(
 
     `on_fatal` is called, on any thread, when only a new process can help.
 
-    Raises BundleError, RowDependenceError, LogUnavailable, and ValueError for a network or a
-    backend that does not do.
+    Raises BundleError, RowDependenceError, LogUnavailable, OSError for a file of clients that
+    cannot be read, and ValueError for a network, a backend or clients that do not do.
     """
+    authenticator = open_authenticator(settings)
     # One core is left to the event loop and the log.
     torch.set_num_threads(settings.torch_threads or max(cores() - 1, 1))
     registry = CollectorRegistry()
@@ -49,8 +50,8 @@ def build_app(
         settings,
         Dependencies(
             model=bundles.open(Name(name, int(version))),
-            authenticator=Anyone(),
-            log=SqliteLog(settings.log_path),
+            authenticator=authenticator,
+            log=open_log(settings),
             loader=bundles,
             registry=registry,
             process=lambda: {

@@ -8,12 +8,14 @@ from service.log.base import (
     SequenceConflict,
     Unconfirmed,
 )
+from service.log.postgres import PostgresLog
 from service.log.sqlite import SqliteLog
 
 __all__ = [
     "EventLog",
     "LogCorrupt",
     "LogUnavailable",
+    "PostgresLog",
     "Retired",
     "SequenceConflict",
     "SqliteLog",

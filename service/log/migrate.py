@@ -92,6 +92,9 @@ def revision_of_postgres(db: psycopg.Connection) -> str | None:
     return None if row is None else str(row[0])
 
 
+RETIRED_STATE = "EHR01"
+"""SQLSTATE of an insert into an episode that is retired."""
+
 GRANTS = (
     "GRANT SELECT, INSERT ON log, audit TO {role}",
     "GRANT SELECT ON retired, alembic_version TO {role}",

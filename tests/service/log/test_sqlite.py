@@ -34,47 +34,6 @@ def note(item_id: str | None = None, text: str = "x") -> Draft:
     )
 
 
-async def test_entries_survive_reopening_unchanged(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    written = await log.append("e", [ADMISSION, note("a"), note()], at(1), 0)
-    assert [e.seq for e in written] == [1, 2, 3]
-    assert await log.entries("e") == written
-    await log.close()
-
-    log = SqliteLog(log_path)
-    assert await log.entries("e") == written
-    assert await log.entries("e", after_seq=2) == written[2:]
-    assert await log.entries("nobody") == []
-    assert (await log.append("e", [note("b")], at(2), 3))[0].seq == 4
-    await log.close()
-
-
-async def test_times_keep_their_microseconds_and_come_back_in_utc(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    local = datetime.fromisoformat("2026-07-01T12:00:00.000001+05:30")
-    await log.append("e", [ADMISSION], local, None)
-    [entry] = await log.entries("e")
-    assert entry.recorded_at == local
-    assert str(entry.recorded_at) == "2026-07-01 06:30:00.000001+00:00"
-    await log.close()
-
-
-async def test_episodes_are_listed_by_latest_activity(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    for name, hours in (("b", 1), ("a", 3), ("c", 2), ("d", 2)):
-        await log.append(name, [ADMISSION], at(hours), 0)
-    assert list(await log.heads()) == ["a", "c", "d", "b"]
-    await log.append("b", [note()], at(9), 1)
-    assert list(await log.heads()) == ["b", "a", "c", "d"]
-    await log.close()
-
-
-async def test_an_empty_log_has_no_episodes(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    assert list(await log.heads()) == []
-    await log.close()
-
-
 @pytest.mark.parametrize("statement", ["UPDATE log SET payload = '{}'", "DELETE FROM log"])
 async def test_the_database_itself_refuses_to_change_entries(
     log_path: Path, statement: str
@@ -89,18 +48,6 @@ async def test_the_database_itself_refuses_to_change_entries(
     await log.close()
 
 
-async def test_a_second_writer_is_told(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    await log.append("e", [ADMISSION], T0, 0)
-    for expected in (0, 2):
-        with pytest.raises(SequenceConflict):
-            await log.append("e", [note()], T0, expected)
-    assert len(await log.entries("e")) == 1
-    await log.append("e", [note()], T0, None)
-    assert len(await log.entries("e")) == 2
-    await log.close()
-
-
 async def test_a_second_process_is_refused(log_path: Path) -> None:
     log = SqliteLog(log_path)
     with pytest.raises(LogUnavailable, match="another process"):
@@ -108,16 +55,6 @@ async def test_a_second_process_is_refused(log_path: Path) -> None:
     assert (await log.append("e", [ADMISSION], T0, 0))[0].seq == 1
     await log.close()
     await SqliteLog(log_path).close()
-
-
-async def test_an_item_id_is_taken_once_an_episode(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    await log.append("e", [ADMISSION, note("a"), note(), note()], T0, 0)
-    with pytest.raises(SequenceConflict):
-        await log.append("e", [note("b"), note("a")], T0, None)
-    assert [e.item_id for e in await log.entries("e")] == [None, "a", None, None]
-    await log.append("other", [ADMISSION, note("a")], T0, 0)
-    await log.close()
 
 
 async def test_appends_that_wait_are_committed_together(
@@ -225,13 +162,6 @@ async def test_a_log_held_by_another_writer_says_so(
     other.execute("ROLLBACK")
     other.close()
     assert (await log.append("e", [ADMISSION], T0, 0))[0].seq == 1
-    await log.close()
-
-
-async def test_an_empty_append_is_a_mistake(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    with pytest.raises(ValueError, match="nothing"):
-        await log.append("e", [], T0, 0)
     await log.close()
 
 

@@ -1,0 +1,62 @@
+"""Logs in both databases."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import apsw
+import psycopg
+import pytest
+
+from service.log import EventLog, SqliteLog
+from service.log.postgres import PostgresLog
+
+
+@pytest.fixture
+def log_path(tmp_path: Path) -> Path:
+    return tmp_path / "log.sqlite"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, log_path: Path) -> str:
+    """Where a log is: the path of a file that is not there yet, or the URL of an empty database."""
+    if request.param == "sqlite":
+        return str(log_path)
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def make_log(database: str) -> Callable[[], EventLog]:
+    """A log in the database; it may be opened again after it was closed."""
+    if database.startswith("postgresql:"):
+        return lambda: PostgresLog(database)
+    return lambda: SqliteLog(Path(database))
+
+
+@pytest.fixture
+async def log(make_log: Callable[[], EventLog], anyio_backend: str) -> AsyncIterator[EventLog]:
+    log = make_log()
+    await log.open()
+    yield log
+    await log.close()
+
+
+@pytest.fixture
+def execute(database: str) -> Iterator[Callable[[str], list[tuple]]]:
+    """Run a statement in the database as one who owns it, beside the service."""
+    if database.startswith("postgresql:"):
+        with psycopg.connect(database, autocommit=True) as db:
+
+            def run(statement: str) -> list[tuple]:
+                cursor = db.execute(statement)
+                return cursor.fetchall() if cursor.description else []
+
+            yield run
+    else:
+        yield lambda statement: apsw.Connection(database).execute(statement).fetchall()
