@@ -43,6 +43,11 @@ _BUNDLE_FILES = (
 )  # fmt: skip
 _GRAPH_FILES = ("model.onnx", "step.onnx", "weights.onnx.data")
 
+# What reading a file may raise whose contents are damaged or make no sense.
+_UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+
 
 class BundleError(ValueError):
     """The bundle cannot be used; the message names the file and what is wrong with it."""
@@ -139,7 +144,10 @@ def load_network(folder: Path) -> Network:
     config = _parse(folder, "config.json", ModelConfig.from_json)
     preprocessing = _parse(folder, "preprocessing.json", Preprocessing.from_json)
     vocabulary = _parse(folder, "vocabulary.json", Vocabulary.from_json)
-    model = LLM4EHR(config)
+    try:
+        model = LLM4EHR(config)
+    except Exception as error:  # the library that builds it raises whatever it meets
+        raise BundleError(f"{folder / 'config.json'}: {error}") from error
     try:
         weights = load_file(folder / "model.safetensors")
         model.load_state_dict({name: t.float() for name, t in weights.items()})
@@ -234,9 +242,9 @@ def load_bundle(repository: Path, name: str, version: int) -> Bundle:
             raise BundleError(f"{folder / file}: SHA-256 differs from the manifest")
     network = load_network(folder)
     labels = _parse(folder, "labels.json", dict)
-    phenotypes = tuple(labels.get("phenotypes", ()))
+    phenotypes = labels.get("phenotypes", [])
     heads = network.model.config.heads
-    if heads.get("phenotyping", 0) != len(phenotypes):
+    if not _are_texts(phenotypes) or heads.get("phenotyping", 0) != len(phenotypes):
         raise BundleError(f"{folder / 'labels.json'}: phenotype names do not match the head")
     calibration = _parse(folder, "calibration.json", calibration_from_json)
     if set(calibration) != set(heads):
@@ -247,10 +255,10 @@ def load_bundle(repository: Path, name: str, version: int) -> Bundle:
         digest=_sha256(folder / "manifest.json"),
         network=network,
         calibration=calibration,
-        phenotypes=phenotypes,
+        phenotypes=tuple(phenotypes),
         labels=labels,
         metrics=_parse(folder, "metrics.json", dict),
-        card=(folder / "MODEL_CARD.md").read_text(),
+        card=_read(folder, "MODEL_CARD.md", str),
     )
 
 
@@ -269,9 +277,17 @@ def _write_json(path: Path, body: Any) -> None:
     path.write_text(json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def _parse(folder: Path, file: str, build: Any) -> Any:
+    return _read(folder, file, lambda text: build(json.loads(text)))
+
+
+def _read(folder: Path, file: str, build: Any) -> Any:
     path = folder / file
     try:
-        return build(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return build(path.read_text())
+    except _UNREADABLE as error:
         raise BundleError(f"{path}: {error}") from error

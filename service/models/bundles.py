@@ -117,7 +117,7 @@ def _is_named(repository: Path, name: Name) -> bool:
     try:
         text = (repository / name.name / str(name.version) / "manifest.json").read_text()
         manifest = json.loads(text)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True  # damaged: loading it says how
     return not isinstance(manifest, dict) or manifest.get("name", name.name) == name.name
 
