@@ -1,0 +1,252 @@
+"""What goes wrong between the service and PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import psycopg
+import pytest
+
+from service.log import LogUnavailable, PostgresLog, SequenceConflict, Unconfirmed, postgres
+from service.log import postgres_lanes as lanes
+from service.log.migrate import SCHEMA
+from service.log.postgres_lanes import Lane
+from tests.end_to_end.server import free_port
+from tests.postgres import Cluster
+from tests.service.fakes import T0
+from tests.service.log.drafts import ADMISSION, line, note
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def log(postgres_url: str, anyio_backend: str) -> AsyncIterator[PostgresLog]:
+    log = PostgresLog(postgres_url)
+    await log.open()
+    yield log
+    await log.close()
+
+
+@pytest.fixture
+def own_server(postgres: Cluster, postgres_url: str) -> Iterator[Cluster]:
+    """A server that may be stopped and paused; it runs again afterwards."""
+    if f":{postgres.port}/" not in postgres_url:
+        pytest.skip("the server of LLM4EHR_TEST_POSTGRES is not ours to stop")
+    yield postgres
+    postgres.resume()
+
+
+def terminate_others(url: str) -> int:
+    """Kill every other connection to the database, as a failing network would."""
+    with psycopg.connect(url, autocommit=True) as db:
+        return len(
+            db.execute(
+                "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            ).fetchall()
+        )
+
+
+async def becomes_available(log: PostgresLog) -> None:
+    async with asyncio.timeout(60):
+        while not log.available():  # noqa: ASYNC110 - a task finds it out
+            await asyncio.sleep(0.01)
+
+
+async def test_connections_that_were_lost_while_idle_are_made_again_unseen(
+    log: PostgresLog, postgres_url: str
+) -> None:
+    await asyncio.gather(*(log.append(f"e{i}", [ADMISSION], T0, 0) for i in range(8)))
+    assert terminate_others(postgres_url) > 1
+    await asyncio.gather(*(log.append(f"e{i}", [note()], T0, 1) for i in range(8)))
+    assert terminate_others(postgres_url) > 0
+    assert len(await log.entries("e1")) == 2
+    assert log.available()
+
+
+async def test_a_server_that_crashed_is_found_again_without_a_write(
+    log: PostgresLog, own_server: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "_TRY_AGAIN_S", 0.05)
+    await log.append("e", [ADMISSION], T0, 0)
+    own_server.stop()
+    with pytest.raises(LogUnavailable):
+        await log.append("e", [note()], T0, 1)
+    with pytest.raises(LogUnavailable):
+        await log.entries("e")
+    assert not log.available()
+    own_server.start()
+    await becomes_available(log)
+    assert [e.seq for e in await log.append("e", [note()], T0, 1)] == [2]
+
+
+async def test_a_server_that_hangs_holds_nobody_up(
+    log: PostgresLog, own_server: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(postgres, "_TRY_AGAIN_S", 0.05)
+    await log.append("e", [ADMISSION], T0, 0)
+    own_server.pause()
+    with pytest.raises(LogUnavailable):
+        await log.append("e", [note()], T0, 1)
+    assert not log.available()
+    own_server.resume()
+    await becomes_available(log)
+    assert (await log.append("e", [note()], T0, None))[0].seq >= 2
+
+
+def _before_commit(
+    monkeypatch: pytest.MonkeyPatch, first: Callable[[Lane], Awaitable[None]]
+) -> None:
+    """Have something happen before the next COMMIT, once."""
+    commit = Lane.commit
+
+    async def late(self: Lane) -> None:
+        monkeypatch.setattr(Lane, "commit", commit)
+        await first(self)
+        await commit(self)
+
+    monkeypatch.setattr(Lane, "commit", late)
+
+
+async def test_a_connection_lost_during_the_commit_leaves_it_open_what_was_written(
+    log: PostgresLog, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log.append("e", [ADMISSION], T0, 0)
+
+    async def kill(lane: Lane) -> None:
+        await asyncio.to_thread(terminate_others, postgres_url)
+
+    _before_commit(monkeypatch, kill)
+    with pytest.raises(Unconfirmed):
+        await log.append("e", [note()], T0, 1, line())
+    assert len(await log.entries("e")) == 1
+    assert [e.seq for e in await log.append("e", [note()], T0, 1, line())] == [2]
+
+
+async def test_a_commit_that_went_through_unheard_is_unconfirmed_too(
+    log: PostgresLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await log.append("e", [ADMISSION], T0, 0, line())
+
+    async def commit_and_sever(lane: Lane) -> None:
+        await lane.db.execute("COMMIT")
+        lane.sever()
+
+    _before_commit(monkeypatch, commit_and_sever)
+    with pytest.raises(Unconfirmed):
+        await log.append("e", [note()], T0, 1, line())
+    with pytest.raises(SequenceConflict):
+        await log.append("e", [note()], T0, 1, line())
+    assert len(await log.entries("e")) == 2
+
+
+async def test_a_connection_lost_before_the_commit_is_replaced(
+    log: PostgresLog, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it was recorded, so it is done once more."""
+    await log.append("e", [ADMISSION], T0, 0)
+    to_rows, done = postgres.to_rows, []
+
+    def late(*arguments):  # type: ignore[no-untyped-def]
+        if not done:
+            done.append(terminate_others(postgres_url))
+        return to_rows(*arguments)
+
+    monkeypatch.setattr(postgres, "to_rows", late)
+    assert [e.seq for e in await log.append("e", [note()], T0, 1)] == [2]
+    assert done == [1]
+
+
+async def test_others_are_told_what_was_written(log: PostgresLog, postgres_url: str) -> None:
+    other = PostgresLog(postgres_url)
+    await other.open()
+    changes = other.changes()
+    async with asyncio.timeout(60):
+        assert await anext(changes) is None
+        await other.append("own", [ADMISSION], T0, 0)
+        await log.append("a:b.c", [ADMISSION], T0, 0)
+        assert await anext(changes) == "a:b.c"
+        waiting = asyncio.ensure_future(anext(changes))
+        await asyncio.sleep(0)
+        terminate_others(postgres_url)
+        assert await waiting is None
+        await log.append("d", [ADMISSION], T0, 0)
+        assert await anext(changes) == "d"
+    await changes.aclose()
+    await other.close()
+
+
+async def test_what_is_acknowledged_is_on_disk_whatever_the_database_says(
+    postgres_url: str,
+) -> None:
+    name = postgres_url.rpartition("/")[2]
+    for setting, expected in (("off", "on"), ("local", "on"), ("remote_apply", "remote_apply")):
+        with psycopg.connect(postgres_url, autocommit=True) as db:
+            db.execute(f"ALTER DATABASE {name} SET synchronous_commit = {setting}")
+        db = await lanes.connect(lanes.parameters(postgres_url))
+        assert await (await db.execute("SHOW synchronous_commit")).fetchone() == (expected,)
+        await db.close()
+
+
+async def test_another_schema_is_refused(empty_postgres_url: str, postgres_url: str) -> None:
+    with pytest.raises(LogUnavailable, match="service log migrate"):
+        await PostgresLog(empty_postgres_url).open()
+    with psycopg.connect(postgres_url, autocommit=True) as db:
+        db.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(LogUnavailable, match=f"schema 9999, .* needs {SCHEMA}"):
+        await PostgresLog(postgres_url).open()
+
+
+async def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "START_S", -1.0)
+    url = f"postgresql://me:secret@127.0.0.1:{free_port()}/none"
+    with pytest.raises(LogUnavailable) as told:
+        await PostgresLog(url).open()
+    assert "secret" not in str(told.value)
+
+
+async def test_a_server_that_starts_later_is_waited_for(
+    own_server: Cluster, postgres_url: str
+) -> None:
+    own_server.stop("fast")
+    log = PostgresLog(postgres_url)
+    opening = asyncio.create_task(log.open())
+    await asyncio.sleep(0)
+    await asyncio.to_thread(own_server.start)
+    await opening
+    assert log.available()
+    await log.close()
+
+
+def test_what_is_no_url_is_not_quoted() -> None:
+    with pytest.raises(LogUnavailable) as told:
+        PostgresLog("postgresql:secret")
+    assert "secret" not in str(told.value)
+
+
+async def test_the_service_needs_no_more_than_its_role_has(
+    postgres_url: str, anyio_backend: str
+) -> None:
+    from service.log.migrate import migrate_postgres
+
+    with psycopg.connect(postgres_url, autocommit=True) as db:
+        db.execute("DROP OWNED BY llm4ehr_test") if db.execute(
+            "SELECT 1 FROM pg_roles WHERE rolname = 'llm4ehr_test'"
+        ).fetchone() else db.execute("CREATE ROLE llm4ehr_test LOGIN")
+    migrate_postgres(postgres_url, "llm4ehr_test")
+    url = postgres_url.replace("postgres@", "llm4ehr_test@")
+    log = PostgresLog(url)
+    await log.open()
+    await log.append("e", [ADMISSION], T0, 0, line())
+    assert await log.heads() == {"e": 1}
+    with psycopg.connect(url, autocommit=True) as db:
+        for statement in (
+            "DELETE FROM log", "UPDATE audit SET at = 0", "TRUNCATE log",
+            "ALTER TABLE log DISABLE TRIGGER ALL", "INSERT INTO retired SELECT 'e', 1, '', 0, ''",
+            "DROP TABLE audit", "CREATE TABLE mine (a int)",
+        ):  # fmt: skip
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                db.execute(statement)
+    await log.close()
