@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-Part = Literal["parse", "judge", "log", "engine"]
-"""Reading the body; judging its items; waiting for the log, and for the engine."""
+Part = Literal["parse", "judge", "log", "engine", "audit"]
+"""Reading the body; judging its items; waiting for the log, for the engine, for the audit trail."""
 
 
 class Timing:

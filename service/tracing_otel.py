@@ -21,6 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm4ehr import __version__
+from service import logs
 from service.tracing import Tracing, labels_of
 
 # Probes and scrapes would drown what is of interest.
@@ -122,6 +123,9 @@ class _TraceRequests:
         span = self._tracer.start_span(
             "request", context=self._propagator.extract(carrier), kind=SpanKind.SERVER
         )
+
+        if (here := span.get_span_context()).is_valid:
+            logs.within_span(here.trace_id, here.span_id)
 
         async def watch(message: Message) -> None:
             if message["type"] == "http.response.start":

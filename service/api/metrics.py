@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -83,6 +84,11 @@ class Metrics:
         for name, (status, _) in PROBLEMS.items():
             if status in KEEPS_LOAD_OFF:
                 self._refusals.labels(name)
+        self.unauthenticated = Counter(
+            "llm4ehr_unauthenticated",
+            "Requests whose client was not recognised",
+            registry=registry,
+        )
         self._build_info = Gauge(
             "llm4ehr_build_info",
             "Version of the service and of the model it serves",
@@ -90,6 +96,14 @@ class Metrics:
             registry=registry,
         )
         self.serves(bundle)
+
+    def watch_log(self, available: Callable[[], bool]) -> None:
+        """Show whether the log can be written, as `available` says when somebody looks."""
+        Gauge(
+            "llm4ehr_log_available",
+            "1 if the last write of the log went through, else 0",
+            registry=self.registry,
+        ).set_function(available)
 
     def count(self, result: ItemResult) -> None:
         """Count one item by what became of it."""

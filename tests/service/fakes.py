@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 
 from llm4ehr.vocabulary import CodeEntry, Vocabulary
-from service.access.authenticator import Anyone
+from service.access.authenticator import Anyone, Authenticator
 from service.api import Dependencies, create_app
 from service.core import (
     BundleInfo,
@@ -241,6 +241,7 @@ async def running(
     log: EventLog | None = None,
     loader: Loader | None = None,
     tracing: Tracing = OFF,
+    authenticator: Authenticator | None = None,
     **settings: Any,
 ) -> AsyncIterator[Client]:
     """An app with its lifespan, on the log file `path`."""
@@ -248,7 +249,7 @@ async def running(
     app = create_app(
         Settings(log_path=path, **settings),
         Dependencies(
-            authenticator=Anyone(),
+            authenticator=authenticator or Anyone(),
             log=log,
             model=fake_model(engine),
             loader=loader,

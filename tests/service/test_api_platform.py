@@ -126,7 +126,8 @@ async def test_metric_names_have_units_and_no_colons(client: Client) -> None:
     names = re.findall(r"^# TYPE (\S+) (?:histogram|counter|gauge)$", text, re.MULTILINE)
     assert len(names) >= 5
     for name in names:
-        assert re.fullmatch(r"llm4ehr_[a-z_]+_(seconds|hours|ratio|total|created|info)", name), name
+        unit = "seconds|hours|ratio|total|created|info|waiting"
+        assert re.fullmatch(f"llm4ehr_[a-z_]+_({unit})", name), name
 
 
 async def test_two_apps_share_nothing(tmp_path: Path) -> None:

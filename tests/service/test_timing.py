@@ -30,12 +30,13 @@ async def test_a_write_and_a_read(client: Client) -> None:
     found = parts(posted)
     assert list(found) == ["parse", "judge", "log", "total"]
     assert found.pop("total") >= sum(found.values()) - 0.02  # of rounding
-    assert list(parts(await client.risk())) == ["engine", "total"]
+    assert list(parts(await client.risk())) == ["engine", "audit", "total"]
 
 
 async def test_every_answer_has_a_total(client: Client) -> None:
-    for path in ("/v2", "/metrics", "/nowhere", "/episodes/unknown/risk"):
+    for path in ("/v2", "/metrics", "/nowhere"):
         assert list(parts(await client.http.get(path))) == ["total"]
+    assert list(parts(await client.http.get("/episodes/unknown/risk"))) == ["audit", "total"]
 
 
 async def test_requests_at_the_same_time_keep_their_own(log_path: Path, anyio_backend: str) -> None:
