@@ -46,7 +46,11 @@ class Service:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = int(s.getsockname()[1])
-        self.settings = {"staleness_limit_hours": "none"} | settings
+        self.settings = {
+            "staleness_limit_hours": "none",
+            "authentication": "open",
+            "requests_per_second_per_client": "none",
+        } | settings
         own = {"port": self.port, "log_path": self.log_path} | self.settings
         self._environment = os.environ | {
             f"LLM4EHR_{name.upper()}": str(value) for name, value in own.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -11,17 +10,18 @@ from pydantic import ValidationError
 
 from llm4ehr.bundle import BundleError
 from llm4ehr.store import StoreError
-from service.commands import calibrate, replay, score, serve
+from service import logs
+from service.commands import calibrate, clients, replay, score, serve
 from service.engine.backends.base import RowDependenceError
 from service.log.base import LogUnavailable
 from service.settings import PREFIX
 
-_COMMANDS = (serve, score, calibrate, replay)
+_COMMANDS = (serve, clients, score, calibrate, replay)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. What a user can mend is one line, no traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure("text")
     a = _parser().parse_args(argv)
     try:
         a.run_command(a)

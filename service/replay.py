@@ -81,20 +81,26 @@ def hourly_bodies(
     yield from sorted(items.items())
 
 
-def replay(data: Path, url: str, *, seconds_per_hour: float, head_start_hours: int) -> None:
-    """Replay every stay of a store side by side.
+def replay(
+    data: Path, url: str, *, seconds_per_hour: float, head_start_hours: int, key: str | None = None
+) -> None:
+    """Replay every stay of a store side by side, as the client that has the API key.
 
     The first `head_start_hours` are sent at once, then one hour every `seconds_per_hour`. Raises
     OSError when the service cannot be reached.
     """
     store = EpisodeStore.open(data)
     units = {code: info.unit for code, info in store.codes.items()}
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
     now = datetime.now(UTC)
     queues: dict[str, dict[int, dict[str, Any]]] = {}
     for record in store:
         episode = record.episode
         admitted_at = now - timedelta(hours=episode.n_hours)
-        _send(f"{url}/episodes/{episode.episode_id}", "PUT", admission(episode, admitted_at))
+        path = f"{url}/episodes/{episode.episode_id}"
+        _send(path, "PUT", admission(episode, admitted_at), headers)
         bodies = hourly_bodies(episode, admitted_at, units)
         # The record may end with items at its very last minute, in an hour that has not come yet.
         queues[episode.episode_id] = {h: b for h, b in bodies if h < episode.n_hours}
@@ -103,18 +109,15 @@ def replay(data: Path, url: str, *, seconds_per_hour: float, head_start_hours: i
         for episode_id, bodies_of in queues.items():
             if hour in bodies_of:
                 path = f"{url}/episodes/{episode_id}/observations"
-                _send(path, "POST", bodies_of[hour])
+                _send(path, "POST", bodies_of[hour], headers)
         if hour >= head_start_hours:
             time.sleep(seconds_per_hour)
     _log.info("replayed %d stays", len(queues))
 
 
-def _send(url: str, method: str, body: dict[str, Any]) -> None:
+def _send(url: str, method: str, body: dict[str, Any], headers: dict[str, str]) -> None:
     request = urllib.request.Request(
-        url,
-        data=json.dumps(body).encode(),
-        method=method,
-        headers={"Content-Type": "application/json"},
+        url, data=json.dumps(body).encode(), method=method, headers=headers
     )
     try:
         with urllib.request.urlopen(request, timeout=30) as response:

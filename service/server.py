@@ -52,8 +52,10 @@ class Server(uvicorn.Server):
             app,
             host=settings.host,
             port=settings.port,
-            # Request lines name episodes; metrics count requests without naming anybody.
+            # Its request lines name episodes; ours name the route.
             access_log=False,
+            # The lines of the server go where ours go.
+            log_config=None,
             # The peer is who connects; what a gateway says of its client is for `service.access`.
             proxy_headers=False,
             server_header=False,

@@ -15,7 +15,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from service.access.hosts import is_private_url
+
 PREFIX = "LLM4EHR_"
+
+ASYMMETRIC = frozenset(
+    {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
+)
+"""Algorithms by which nobody can sign who can verify."""
 
 SETTINGS_FILE = "LLM4EHR_SETTINGS_FILE"
 """Names a file of further settings, NAME=value; what is in the environment wins."""
@@ -120,10 +127,10 @@ class Settings(BaseSettings):
     """Most writes waiting for the log before it answers `overloaded`."""
 
     max_in_flight_per_client: Annotated[int, Field(ge=1)] | None = None
-    """Most requests of one peer address at a time; None: no limit."""
+    """Most requests of one client at a time; None: no limit."""
 
     requests_per_second_per_client: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1000
-    """Requests of one client a second, over some seconds; None: no limit."""
+    """Requests of one client a second, over some seconds; None: no limit, nor one of failures."""
 
     drain_grace_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """How long a service that was told to stop still answers while it says that it is not ready."""
@@ -183,6 +190,33 @@ class Settings(BaseSettings):
         if unknown:
             raise ValueError(f"unknown environment variables: {', '.join(unknown)}")
         return self
+
+    @model_validator(mode="after")
+    def _know_clients(self) -> Self:
+        """Refuses what would leave a way in that is not meant, or none at all."""
+        needs = {
+            "OIDC_AUDIENCE": self.oidc_issuer and not self.oidc_audience,
+            "OIDC_ISSUER": (self.oidc_audience or self.oidc_jwks_url) and not self.oidc_issuer,
+            "GATEWAY_SECRET_FILE": self.trusted_gateways and not self.gateway_secret_file,
+            "TRUSTED_GATEWAYS": self.gateway_secret_file and not self.trusted_gateways,
+            "CLIENTS_FILE": self.trusted_gateways and not (self.clients_file or self.oidc_issuer),
+        }
+        if missing := [PREFIX + name for name, is_missing in needs.items() if is_missing]:
+            raise ValueError(f"the settings of clients need {', '.join(missing)} too")
+        for url in filter(None, (self.oidc_issuer, self.oidc_jwks_url)):
+            if not is_private_url(url):
+                raise ValueError(f"{PREFIX}OIDC_…: keys are read by https, or from this machine")
+        if not self.oidc_algorithms or not ASYMMETRIC.issuperset(self.oidc_algorithms):
+            allowed = ", ".join(sorted(ASYMMETRIC))
+            raise ValueError(f"{PREFIX}OIDC_ALGORITHMS: allowed are {allowed}")
+        if self.authentication == "open" and self.knows_clients:
+            raise ValueError(f"{PREFIX}AUTHENTICATION=open contradicts the settings of clients")
+        return self
+
+    @property
+    def knows_clients(self) -> bool:
+        """Whether it is said who the clients are."""
+        return bool(self.clients_file or self.oidc_issuer or self.trusted_gateways)
 
     @model_validator(mode="after")
     def _leave_time_to_stop(self) -> Self:

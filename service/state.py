@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from llm4ehr.preprocessing import UnitType
 from service.core import (
     Entry,
     EpisodeView,
@@ -151,6 +152,7 @@ class Summary:
     stands_at: datetime | None
     """When the head hour stops being preliminary; None without one."""
     amended: bool
+    unit_type: UnitType | None
     latest: HourScore | None = None
     """Score of the head hour as of `scored_seq`; None while none was computed for that hour."""
     scored_seq: int | None = None
@@ -187,6 +189,7 @@ def summarise(
         stands_at=stands_at,
         amended=stands_at is not None
         and hour_status(view, view.head_hour, stands_at, lateness) == "amended",
+        unit_type=view.statics.unit_type,
         latest=latest,
         scored_seq=scored_seq,
     )

@@ -12,6 +12,10 @@ class Unauthenticated(Exception):
     """Nobody was recognised. The message says why, and repeats nothing that was sent."""
 
 
+class IssuerUnavailable(Exception):
+    """Whether a token is valid cannot be said: its issuer's keys are not to be had."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Credentials:
     """What a request says of its sender. Never printed: it holds secrets."""
@@ -27,19 +31,15 @@ class Credentials:
     """Address of the client, as a gateway tells it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recognised:
-    """Who sent a request, and from where."""
-
-    principal: Principal
-    address: str
-
-
 class Authenticator(Protocol):
     """Recognises clients."""
 
-    async def recognise(self, credentials: Credentials) -> Recognised:
-        """Who sends this. Raises Unauthenticated."""
+    def address(self, credentials: Credentials) -> str:
+        """Where a request comes from, as far as what it says of that is believed."""
+        ...
+
+    async def recognise(self, credentials: Credentials) -> Principal:
+        """Who sends this. Raises Unauthenticated, IssuerUnavailable."""
         ...
 
 
@@ -48,5 +48,8 @@ class Anyone:
 
     _principal = Principal(id="anyone", method="open", scopes=frozenset(Scope))
 
-    async def recognise(self, credentials: Credentials) -> Recognised:
-        return Recognised(principal=self._principal, address=credentials.peer)
+    def address(self, credentials: Credentials) -> str:
+        return credentials.peer
+
+    async def recognise(self, credentials: Credentials) -> Principal:
+        return self._principal

@@ -51,6 +51,10 @@ class Principal:
         """Whether a stay of these static facts is within the restriction."""
         return self.units is None or statics.unit_type in self.units
 
+    def may_list(self, episode_id: str, unit_type: UnitType | None) -> bool:
+        """Whether a stay is within both restrictions."""
+        return self.may_name(episode_id) and (self.units is None or unit_type in self.units)
+
     def require(self, scopes: Iterable[Scope]) -> None:
         """Raises Forbidden unless it has one of the scopes."""
         if not self.scopes.intersection(scopes):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import AsyncIterator
 from typing import Annotated
 from uuid import uuid4
 
 from fastapi import Depends, Request
+from fastapi.routing import APIRoute
 
-from service.access.authenticator import Credentials
-from service.access.principal import Scope, Visit
-from service.api.deps import ContextDep
+from service.access.authenticator import Credentials, Unauthenticated
+from service.access.principal import Principal, Scope, Visit
+from service.api.deps import EPISODE_ID, Context, ContextDep
 
 VISIT = "llm4ehr.visit"
 """Where in the scope of a request its visit stands, once the client was recognised."""
@@ -18,34 +21,39 @@ REQUEST_ID = "llm4ehr.request_id"
 
 
 class Requires:
-    """A dependency: the client is recognised and has one of the scopes."""
+    """A dependency: the client is recognised, within its limits, and has one of the scopes.
+
+    It runs before parameters are judged and before a body is read.
+    """
 
     def __init__(self, *scopes: Scope) -> None:
         self.scopes = scopes
+        # Who looks after the service is answered also while it has much to do.
+        self._is_held = not {Scope.ADMIN, Scope.METRICS}.intersection(scopes)
 
-    async def __call__(self, request: Request, context: ContextDep) -> Visit:
-        """Raises Unauthenticated, Forbidden."""
-        headers = request.headers
-        recognised = await context.authenticator.recognise(
-            Credentials(
-                authorization=headers.get("authorization"),
-                subject=headers.get("x-client-subject"),
-                gateway_secret=headers.get("x-gateway-secret"),
-                peer=request.client.host if request.client is not None else "",
-                forwarded_for=headers.get("x-forwarded-for"),
-            )
-        )
-        episode_id = request.path_params.get("episode_id")
+    async def __call__(self, request: Request, context: ContextDep) -> AsyncIterator[Visit]:
+        """The visit, with its place among the requests of its client until the answer is sent.
+
+        Raises Unauthenticated, IssuerUnavailable, Forbidden, Problem.
+        """
+        principal, address = await _recognise(request, context)
+        context.limits.count(principal, address)
+        episode_id = request.path_params.get("episode_id", "")
         visit = Visit(
-            principal=recognised.principal,
+            principal=principal,
             operation=request.scope["route"].operation_id or request.scope["route"].path,
             request_id=request.scope.get(REQUEST_ID) or uuid4().hex,
-            address=recognised.address,
-            episodes=() if episode_id is None else (episode_id,),
+            address=address,
+            # What is no id is refused in a moment, and could be anything.
+            episodes=(episode_id,) if re.fullmatch(EPISODE_ID, episode_id) else (),
         )
         request.scope[VISIT] = visit
-        recognised.principal.require(self.scopes)
-        return visit
+        principal.require(self.scopes)
+        if not self._is_held:
+            yield visit
+            return
+        with context.limits.holding(principal, address):
+            yield visit
 
 
 Ingest = Annotated[Visit, Depends(Requires(Scope.INGEST))]
@@ -54,3 +62,35 @@ Admin = Annotated[Visit, Depends(Requires(Scope.ADMIN))]
 ReadOrAdmin = Annotated[Visit, Depends(Requires(Scope.READ, Scope.ADMIN))]
 Operate = Annotated[Visit, Depends(Requires(Scope.METRICS, Scope.ADMIN))]
 AnyClient = Annotated[Visit, Depends(Requires(*Scope))]
+
+
+def required_of(route: APIRoute) -> tuple[Scope, ...]:
+    """The scopes of which a route requires one; none where it requires nothing."""
+    calls = (dependency.call for dependency in route.dependant.dependencies)
+    return next((call.scopes for call in calls if isinstance(call, Requires)), ())
+
+
+async def _recognise(request: Request, context: Context) -> tuple[Principal, str]:
+    """Who sends a request, and from where."""
+    credentials = Credentials(
+        authorization=_only(request, "authorization"),
+        subject=_only(request, "x-client-subject"),
+        gateway_secret=_only(request, "x-gateway-secret"),
+        peer=request.client.host if request.client is not None else "",
+        forwarded_for=",".join(request.headers.getlist("x-forwarded-for")) or None,
+    )
+    address = context.authenticator.address(credentials)
+    context.limits.may_try(address)
+    try:
+        return await context.authenticator.recognise(credentials), address
+    except Unauthenticated:
+        context.limits.failed(address)
+        raise
+
+
+def _only(request: Request, name: str) -> str | None:
+    """The header of that name. Of two a gateway may have judged the one and we the other."""
+    values = request.headers.getlist(name)
+    if len(values) > 1:
+        raise Unauthenticated("a header that says who you are is there twice")
+    return values[0] if values else None

@@ -32,12 +32,16 @@ from service.api import (
 )
 from service.api.access import Requires
 from service.api.deps import Context
-from service.api.limits import LimitClients
+from service.api.envelope import Envelope
+from service.api.limits import Limits
 from service.api.metrics import Metrics, Observe
+from service.api.open_demo import OpenDemo, warn
 from service.api.pulse import Pulse
+from service.api.trail import AuditTrail
 from service.api.window import Window
 from service.audit import Auditor
 from service.episodes import EpisodeService
+from service.follow import Follower
 from service.lifecycle import Lifecycle
 from service.log.base import EventLog
 from service.memory import Memory
@@ -45,6 +49,7 @@ from service.models.manager import Models
 from service.models.version import Loader, Model
 from service.settings import Settings
 from service.tracing import OFF, Tracing
+from service.trail.keeper import Trail
 
 _logger = logging.getLogger(__name__)
 
@@ -96,7 +101,9 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     bundle = deps.model.engine.bundle
     if not bundle.causal:
         raise ValueError("the bundle is not causal: it cannot score a stay as it happens")
+    is_open = settings.authentication == "open"
     metrics = Metrics(deps.registry, bundle)
+    metrics.watch_log(deps.log.available)
     lifecycle = Lifecycle()
     window = Window(deps.registry, list(operator.HISTOGRAMS))
     pulse = Pulse(metrics, window)
@@ -120,6 +127,8 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         on_active=metrics.serves,
         on_published=metrics.published_seconds.observe,
     )
+    memory.on_lost = loaded.forget
+    follower = Follower(deps.log, memory, loaded, deps.registry)
     auditor = Auditor(
         loaded,
         deps.log,
@@ -137,21 +146,30 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         on_commit=committed,
     )
 
+    trail = Trail(deps.log, deps.registry)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         before = loop.get_exception_handler()
         loop.set_exception_handler(_report)
         await log.open()
+        trail.start()
         service.start()
+        follower.start()
         auditor.start()
         pulse.start()
+        warning = asyncio.create_task(warn()) if is_open else None
         try:
             yield
         finally:
+            if warning is not None:
+                warning.cancel()
             await pulse.stop()
             await auditor.stop()
+            await follower.stop()
             await service.stop()
+            await trail.stop()
             await log.close()
             await asyncio.to_thread(tracing.close)
             loop.set_exception_handler(before)
@@ -170,21 +188,19 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         settings=settings,
         service=service,
         models=loaded,
+        follower=follower,
         log=deps.log,
         authenticator=deps.authenticator,
+        limits=Limits(settings.requests_per_second_per_client, settings.max_in_flight_per_client),
         metrics=metrics,
         clock=deps.clock,
         lifecycle=lifecycle,
         process=deps.process,
         window=window,
     )
-    limit = settings.max_in_flight_per_client
-    limited = [] if limit is None else [Depends(LimitClients(limit))]
-    of_episodes = [module.router for module in (observations, risk, embeddings, episodes)]
-    others = [module.router for module in (models, operator, oip)]
-    for router in of_episodes:
-        app.include_router(router, dependencies=limited)
-    for router in others:
+    modules = (observations, risk, embeddings, episodes, models, operator, oip)
+    routers = [module.router for module in modules]
+    for router in routers:
         app.include_router(router)
     app.add_api_route(
         "/metrics",
@@ -192,8 +208,13 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         include_in_schema=False,
         dependencies=[Depends(Requires(Scope.METRICS, Scope.ADMIN))],
     )
+    # What is added later is further out.
+    app.add_middleware(AuditTrail, trail=trail, clock=deps.clock)
     deps.tracing.install(app)
     app.add_middleware(Observe, metrics=metrics, lifecycle=lifecycle)
+    app.add_middleware(Envelope, metrics=metrics)
+    if is_open:
+        app.add_middleware(OpenDemo)
     problems.install(app, metrics.refused)
-    openapi.install(app, of_episodes + others)
+    openapi.install(app, routers)
     return app

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Request
 
 from service.access.authenticator import Authenticator
+from service.api.limits import Limits
 from service.api.metrics import Metrics
 from service.api.window import Window
 from service.core import Engine
 from service.episodes import EpisodeService
+from service.follow import Follower
 from service.lifecycle import Lifecycle
 from service.log.base import EventLog
 from service.models.manager import Models
@@ -27,8 +29,10 @@ class Context:
     settings: Settings
     service: EpisodeService
     models: Models
+    follower: Follower
     log: EventLog
     authenticator: Authenticator
+    limits: Limits
     metrics: Metrics
     clock: Callable[[], datetime]
     lifecycle: Lifecycle
@@ -41,6 +45,11 @@ class Context:
         """The engine that answers now. What takes longer than a moment asks `models.serving`."""
         return self.models.active.model.engine
 
+    @property
+    def complete(self) -> bool:
+        """Whether the list has every episode as it is in the log, as far as can be known."""
+        return self.service.live.complete and self.follower.level
+
     def describe(self) -> dict[str, Any]:
         """What the process and the engines say of themselves, for operators."""
         return {**self.process(), "models": self.models.statuses()}
@@ -52,10 +61,11 @@ async def _context(request: Request) -> Context:
 
 
 ContextDep = Annotated[Context, Depends(_context)]
+EPISODE_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 EpisodeId = Annotated[
     str,
     Path(
-        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
+        pattern=EPISODE_ID,
         description="The client's opaque id of an ICU stay",
         examples=["icu-2041"],
     ),

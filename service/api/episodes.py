@@ -44,6 +44,7 @@ _WRITE_PROBLEMS = (
     "log-busy",
     "log-slow",
     "log-unavailable",
+    "log-corrupt",
 )
 
 
@@ -63,17 +64,21 @@ async def list_episodes(
     """One row an episode, with the last computed score of its newest hour and the entry it was
     computed from (`scored_seq`); `risk` is decompensation, or mortality if the model has no such
     task. Episodes without a score to show come last. `complete` is false for a moment after a
-    start, while the log is read.
+    start, while the log is read. Where several replicas share a log, the list may be a moment
+    behind what another one wrote; `complete` is false while it is known to be further behind.
     """
+    shown = page(
+        context.service.live.summaries,
+        query,
+        visit.principal,
+        now=context.clock(),
+        settings=context.settings,
+    )
+    visit.episodes = tuple(row["episode_id"] for row in shown["episodes"])
     return JSONResponse(
-        page(
-            context.service.live.summaries,
-            query,
-            now=context.clock(),
-            settings=context.settings,
-        )
+        shown
         | {
-            "complete": context.service.live.complete,
+            "complete": context.complete,
             "provenance": model_provenance(context.engine.bundle),
         },
         headers={"Cache-Control": "private, no-store"},
@@ -95,6 +100,7 @@ async def list_episodes(
             "invalid-request",
             "too-many-requests",
             "log-unavailable",
+            "log-corrupt",
             "deadline-exceeded",
         ),
     },
@@ -192,6 +198,7 @@ async def patch_episode(
         "log-busy",
         "log-slow",
         "log-unavailable",
+        "log-corrupt",
     ),
 )
 async def delete_episode(context: ContextDep, visit: Ingest, episode_id: EpisodeId) -> Response:

@@ -178,6 +178,7 @@ OPERATOR_SUMMARY: dict[str, Any] = {
         "ready": True,
         "draining": False,
         "scoring_enabled": True,
+        "authentication": "required",
     },
     "model": {
         "name": _MODEL["model"],

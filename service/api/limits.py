@@ -1,42 +1,153 @@
-"""Too many requests of one client at a time."""
+"""How much one client may ask: requests a second, requests at a time, wrong credentials."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv6Address
 
-from fastapi import Request
-
+from service.access.hosts import parse_address
+from service.access.principal import Principal
 from service.api.problems import Problem
 
+BURST_S = 5.0
+"""So many seconds' worth of requests may come at once."""
+
+FAILURES_PER_S = 1.0
+FAILURES_AT_ONCE = 30.0
+"""Wrong credentials from one address."""
+
+_MAX_KNOWN = 10_000
 _RETRY_AFTER_S = 1
 
 
-class LimitClients:
-    """A dependency: at most `limit` requests of one peer address are answered at a time.
+@dataclass(slots=True)
+class _Bucket:
+    left: float
+    at: float
 
-    For the routes below /episodes; the others are always answered. Behind a gateway every request
-    comes from one address, so this is for services that clients reach directly.
+
+class Buckets:
+    """A bucket of tokens for each name, filled again at an even rate.
+
+    Knows a bounded number of names. Beyond it the one that was used least recently is forgotten: it
+    begins with a full bucket again.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(
+        self, per_s: float, size: float, clock: Callable[[], float], most: int = _MAX_KNOWN
+    ) -> None:
+        self._per_s = per_s
+        self._size = max(size, 1.0)
+        self._clock = clock
+        self._most = most
+        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def wait_s(self, name: str) -> float:
+        """Seconds until a token is there; 0 if one is."""
+        lacks = 1.0 - self._bucket(name).left
+        return max(lacks / self._per_s, 0.0)
+
+    def take(self, name: str) -> None:
+        """Take a token, if there is one."""
+        bucket = self._bucket(name)
+        bucket.left = max(bucket.left - 1.0, 0.0)
+
+    def _bucket(self, name: str) -> _Bucket:
+        now = self._clock()
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            bucket = self._buckets[name] = _Bucket(self._size, now)
+            if len(self._buckets) > self._most:
+                self._buckets.popitem(last=False)
+        else:
+            self._buckets.move_to_end(name)
+            bucket.left = min(bucket.left + (now - bucket.at) * self._per_s, self._size)
+            bucket.at = now
+        return bucket
+
+
+class Limits:
+    """The limits of all clients. For one event loop.
+
+    Where everybody is taken for a client, an address stands for one.
+    """
+
+    def __init__(
+        self,
+        per_second: float | None,
+        in_flight: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """None: no limit; without one of requests a second there is none of failures."""
+        self._requests: Buckets | None = None
+        self._failures: Buckets | None = None
+        if per_second is not None:
+            self._requests = Buckets(per_second, per_second * BURST_S, clock)
+            self._failures = Buckets(FAILURES_PER_S, FAILURES_AT_ONCE, clock)
+        self._most = in_flight
         self._in_flight: dict[str, int] = {}
 
-    async def __call__(self, request: Request) -> AsyncIterator[None]:
-        """Holds a place until the answer is sent. Raises Problem."""
-        client = request.client.host if request.client is not None else ""
-        n = self._in_flight.get(client, 0)
-        if n >= self._limit:
-            raise Problem(
-                "too-many-requests",
-                f"at most {self._limit} requests of one client are answered at a time",
-                headers={"Retry-After": str(_RETRY_AFTER_S)},
-            )
-        self._in_flight[client] = n + 1
+    def may_try(self, address: str) -> None:
+        """Raises Problem where too many wrong credentials came from lately."""
+        if self._failures is not None and (wait := self._failures.wait_s(_network(address))) > 0:
+            raise _refusal("too many credentials from this address were wrong", wait)
+
+    def failed(self, address: str) -> None:
+        """Wrong credentials came from there."""
+        if self._failures is not None:
+            self._failures.take(_network(address))
+
+    def count(self, principal: Principal, address: str) -> None:
+        """One more request of a client. Raises Problem if it has too many a second."""
+        if self._requests is None:
+            return
+        name = _name(principal, address)
+        if (wait := self._requests.wait_s(name)) > 0:
+            raise _refusal("too many requests a second of one client", wait)
+        self._requests.take(name)
+
+    @contextmanager
+    def holding(self, principal: Principal, address: str) -> Iterator[None]:
+        """A place among the requests of a client that are under way. Raises Problem."""
+        if self._most is None:
+            yield
+            return
+        name = _name(principal, address)
+        n = self._in_flight.get(name, 0)
+        if n >= self._most:
+            detail = f"at most {self._most} requests of one client are answered at a time"
+            raise _refusal(detail, _RETRY_AFTER_S)
+        self._in_flight[name] = n + 1
         try:
             yield
         finally:
-            if self._in_flight[client] == 1:
-                del self._in_flight[client]
+            if self._in_flight[name] == 1:
+                del self._in_flight[name]
             else:
-                self._in_flight[client] -= 1
+                self._in_flight[name] -= 1
+
+
+def _refusal(detail: str, wait_s: float) -> Problem:
+    headers = {"Retry-After": str(max(math.ceil(wait_s), 1))}
+    return Problem("too-many-requests", detail, headers=headers)
+
+
+def _name(principal: Principal, address: str) -> str:
+    own = _network(address) if principal.method == "open" else principal.id
+    return f"{principal.method}:{own}"
+
+
+def _network(address: str) -> str:
+    """An address, or the network that one customer has many IPv6 addresses of."""
+    found = parse_address(address)
+    if isinstance(found, IPv6Address):
+        return found.exploded[:19]
+    return address

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from service.access.principal import Principal
 from service.answers import WithheldReason, is_stale
 from service.api.hours import reason, time_or_none
 from service.api.problems import Problem
@@ -30,15 +31,24 @@ class _Row:
 
 
 def page(
-    summaries: Iterable[Summary], query: ListQuery, *, now: datetime, settings: Settings
+    summaries: Iterable[Summary],
+    query: ListQuery,
+    principal: Principal,
+    *,
+    now: datetime,
+    settings: Settings,
 ) -> dict[str, Any]:
-    """One page of rows, and the cursor of the next.
+    """One page of the rows that a client may see, and the cursor of the next.
 
     A cursor holds the place in the order, not a count: rows that come, go or move between two pages
     do not shift the others.
     """
     descending = (query.order or ("asc" if query.sort == "episode_id" else "desc")) == "desc"
-    rows = [_row(s, now, settings) for s in summaries if _kept(s, query.status)]
+    rows = [
+        _row(s, now, settings)
+        for s in summaries
+        if principal.may_list(s.episode_id, s.unit_type) and _kept(s, query.status)
+    ]
     if query.min_risk is not None:
         rows = [r for r in rows if r.risk is not None and r.risk >= query.min_risk]
     keyed = [(_value(row, query.sort), row) for row in rows]

@@ -10,8 +10,14 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from service.access.principal import Scope
+from service.api.access import required_of
 from service.api.model_schemas import PutShadow
+from service.api.problems import MEDIA_TYPE, documented
 from service.api.schemas import PatchEpisode, PostItemsDescribed, ProblemOut, PutEpisode
+
+_BEARER = "bearer"
+_REFUSALS = ("unauthenticated", "forbidden", "too-many-requests", "issuer-unavailable")
 
 _REF = "#/components/schemas/{model}"
 _READ_BY_HAND: tuple[type[BaseModel], ...] = (
@@ -52,6 +58,7 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
             models = schema.setdefault("components", {}).setdefault("schemas", {})
             _drop_default_validation_answers(schema)
             _restore_examples(schema, routers)
+            _tell_access(schema, routers)
             for model in _READ_BY_HAND:
                 described = model.model_json_schema(ref_template=_REF)
                 models.update(described.pop("$defs", {}))
@@ -60,6 +67,42 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+
+
+def _tell_access(schema: dict[str, Any], routers: Sequence[APIRouter]) -> None:
+    """Which scopes every operation requires, and how it answers who lacks them."""
+    schema["components"]["securitySchemes"] = {
+        _BEARER: {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "An API key of this service, or a JWT of the issuer it trusts. A client "
+            "whose certificate a trusted gateway has verified needs neither.",
+        }
+    }
+    required = {
+        route.operation_id: required_of(route)
+        for router in routers
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    }
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            # In the order of the enumeration: the document is the same at every start.
+            scopes = [s.value for s in Scope if s in required[operation["operationId"]]]
+            if scopes:
+                operation["security"] = [{_BEARER: [scope]} for scope in scopes]
+                _add_refusals(operation["responses"], is_v2=path.startswith("/v2"))
+
+
+def _add_refusals(responses: dict[str, Any], *, is_v2: bool) -> None:
+    for status, response in documented(*_REFUSALS).items():
+        if is_v2:
+            error = {"content": {"application/json": {"example": {"error": "…"}}}}
+            responses.setdefault(str(status), {"description": response["description"], **error})
+            continue
+        ours = response["content"][MEDIA_TYPE]
+        there = responses.setdefault(str(status), response)["content"][MEDIA_TYPE]
+        there["examples"] = {**there["examples"], **ours["examples"]}
 
 
 def _drop_default_validation_answers(schema: dict[str, Any]) -> None:

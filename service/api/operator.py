@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry
@@ -40,6 +40,7 @@ class ServiceOut(_Out):
     ready: bool
     draining: bool
     scoring_enabled: bool
+    authentication: Literal["required", "open"]
 
 
 class ModelOut(_Out):
@@ -119,6 +120,7 @@ async def summary(context: ContextDep, visit: Operate) -> SummaryOut:
             ready=available and context.engine.ready() and not live.catch_up.ended and not draining,
             draining=draining,
             scoring_enabled=context.settings.scoring_enabled,
+            authentication=context.settings.authentication,
         ),
         model=ModelOut(
             name=bundle.name,
@@ -129,7 +131,7 @@ async def summary(context: ContextDep, visit: Operate) -> SummaryOut:
         engine=context.describe(),
         log=LogOut(available=available, waiting_writes=context.service.waiting_writes),
         catch_up=CatchUpOut(
-            complete=live.complete,
+            complete=context.complete,
             episodes=sum(1 for _ in live.summaries),
             to_score=live.catch_up.to_score,
             scored=live.catch_up.n_scored,

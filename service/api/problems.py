@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from service.access.authenticator import Unauthenticated
+from service.access.authenticator import IssuerUnavailable, Unauthenticated
 from service.access.principal import Forbidden
 from service.answers import HourError
 from service.api.schemas import ItemResultOut
@@ -51,10 +51,11 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "all-items-rejected": (422, "Every item was refused; nothing was recorded"),
     "hour-out-of-range": (422, "The episode has no such hour"),
     "hour-in-the-future": (422, "The hour has not begun"),
-    "too-many-requests": (429, "Too many requests at a time"),
+    "too-many-requests": (429, "Too many requests of one client"),
     "internal-error": (500, "The service failed"),
     "log-corrupt": (500, "The log of this episode is damaged; nothing was recorded"),
     "model-fault": (500, "The model gave no valid score for this episode"),
+    "issuer-unavailable": (503, "The keys of the issuer of tokens are not to be had"),
     "log-unavailable": (503, "The log is unavailable; nothing was recorded"),
     "log-busy": (503, "Too many writes wait for the log; nothing was recorded"),
     "overloaded": (503, "The engine is overloaded"),
@@ -69,6 +70,7 @@ KEEPS_LOAD_OFF = (429, 503)
 CLIENT_GONE = 499
 """Status of an answer that nobody reads, as in the metrics; never sent."""
 
+ISSUER_RETRY_AFTER_S = 10
 LOG_RETRY_AFTER_S = 5
 BUSY_RETRY_AFTER_S = 1
 ENGINE_RETRY_AFTER_S = 10
@@ -132,6 +134,9 @@ def as_problem(error: Exception) -> Problem:
             return Problem("log-slow", headers={"Retry-After": str(LOG_RETRY_AFTER_S)})
         case Unauthenticated():
             return Problem("unauthenticated", str(error), {"WWW-Authenticate": "Bearer"})
+        case IssuerUnavailable():
+            headers = {"Retry-After": str(ISSUER_RETRY_AFTER_S)}
+            return Problem("issuer-unavailable", headers=headers)
         case Forbidden():
             return Problem("forbidden")
         case LogCorrupt():
@@ -190,6 +195,7 @@ def install(app: FastAPI, refused: Callable[[str], None]) -> None:
         Refused,
         NothingAccepted,
         Unauthenticated,
+        IssuerUnavailable,
         Forbidden,
         LogCorrupt,
         LogUnavailable,

@@ -16,6 +16,7 @@ def add(commands: Commands) -> None:
     again.add_argument("--url", default="http://127.0.0.1:8000")
     again.add_argument("--seconds-per-hour", type=float, default=5.0)
     again.add_argument("--head-start-hours", type=int, default=6, help="hours sent at once")
+    again.add_argument("--key-file", type=Path, help="file with the API key of the client")
     again.set_defaults(run_command=_replay)
 
 
@@ -25,4 +26,5 @@ def _replay(a: argparse.Namespace) -> None:
         a.url.rstrip("/"),
         seconds_per_hour=a.seconds_per_hour,
         head_start_hours=a.head_start_hours,
+        key=None if a.key_file is None else a.key_file.read_text().strip(),
     )

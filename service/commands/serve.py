@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from service import logs
+from service.access.hosts import is_loopback
 from service.commands.parsers import Commands
 from service.engine.backends.base import DeviceFault
 from service.runtime import build_app
@@ -21,7 +23,8 @@ from service.settings import Settings
 
 _DEMO_NOTICE = """\
 DEMO: a dozen stays of PhysioNet 2012 (ODC-BY 1.0) are replayed, their clock compressed; the log is
-temporary and no score is withheld as stale. For research only, not a medical device.
+temporary, no score is withheld as stale, and everybody on this machine may read and change
+everything. For research only, not a medical device.
   curl -s {url}/episodes?sort=risk
 """
 
@@ -39,14 +42,37 @@ def _serve(a: argparse.Namespace) -> None:
         _run(Settings())
         return
     with tempfile.TemporaryDirectory(prefix="llm4ehr-demo-") as folder:
-        settings = Settings(log_path=Path(folder) / "log.sqlite", staleness_limit_hours=None)
+        settings = _demo_settings(Path(folder))
         url = f"http://{settings.host}:{settings.port}"
         print(_DEMO_NOTICE.format(url=url), flush=True)
         with _Replay(url, a.seconds_per_hour) as demo:
             _run(settings, demo.begin_when_started)
 
 
+def _demo_settings(folder: Path) -> Settings:
+    """Open to everybody on this machine, whatever is said of clients and logs elsewhere.
+
+    Raises ValueError for a host that others can reach.
+    """
+    settings = Settings(
+        authentication="open",
+        clients_file=None,
+        oidc_issuer=None,
+        oidc_audience=None,
+        oidc_jwks_url=None,
+        trusted_gateways=(),
+        gateway_secret_file=None,
+        log_url=None,
+        log_path=folder / "log.sqlite",
+        staleness_limit_hours=None,
+    )
+    if not is_loopback(settings.host):
+        raise ValueError("the demonstration is open to everybody: it runs on loopback alone")
+    return settings
+
+
 def _run(settings: Settings, beside: Callable[[Server], None] | None = None) -> None:
+    logs.configure(settings.log_format)
     # The server stops in order on SIGTERM, then raises the signal again for the handler that was
     # there before: being told to stop and stopping is a success.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -30,6 +30,8 @@ def environment(repository: Path, **settings: Any) -> dict[str, str]:
         "engine_rows": 16,
         "kv_memory_mib": 1,
         "staleness_limit_hours": "none",
+        "authentication": "open",
+        "requests_per_second_per_client": "none",
     } | settings
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return (
