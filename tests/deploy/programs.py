@@ -46,3 +46,12 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not get there"
         time.sleep(0.05)
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Have the service say whether it has this command, and these options of it."""
+    assert list(command[:3]) == ["python", "-m", "service"]
+    named = [part for part in command[3:] if part.startswith("--")]
+    words = command[3 : command.index(named[0]) if named else None]
+    told = run(sys.executable, "-m", "service", *words, "--help")
+    assert all(option in told for option in named), told
