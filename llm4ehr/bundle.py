@@ -210,15 +210,18 @@ def save_bundle(
     return folder
 
 
-def load_bundle(repository: Path, name: str, version: int) -> Bundle:
-    """Verify and load a bundle.
+def load_bundle(repository: Path, name: str, version: int, digest: str | None = None) -> Bundle:
+    """Verify and load a bundle, of that digest if one is given.
 
     Raises BundleError naming the file on: a missing folder or file, an unknown schema version, a
-    file that is not in the manifest, a wrong hash, contents that cannot be read.
+    file that is not in the manifest, a wrong hash, another digest, contents that cannot be read.
     """
     folder = repository / name / str(version)
     if not (folder / "manifest.json").is_file():
         raise BundleError(f"{folder / 'manifest.json'}: missing")
+    found = _sha256(folder / "manifest.json")
+    if digest not in (None, found):
+        raise BundleError(f"{folder / 'manifest.json'}: its digest is not the one that is expected")
     manifest = _parse(folder, "manifest.json", dict)
     if manifest.get("schema_version") != BUNDLE_SCHEMA_VERSION:
         raise BundleError(
@@ -252,7 +255,7 @@ def load_bundle(repository: Path, name: str, version: int) -> Bundle:
     return Bundle(
         name=name,
         version=version,
-        digest=_sha256(folder / "manifest.json"),
+        digest=found,
         network=network,
         calibration=calibration,
         phenotypes=tuple(phenotypes),

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from llm4ehr.bundle import BundleError
 from llm4ehr.store import StoreError
 from service import logs
-from service.commands import calibrate, clients, replay, score, serve
+from service.commands import audit, calibrate, clients, digest, log, replay, score, serve
 from service.engine.backends.base import RowDependenceError
 from service.log.base import LogUnavailable
 from service.settings import PREFIX
 
-_COMMANDS = (serve, clients, score, calibrate, replay)
+_COMMANDS = (serve, audit, clients, score, calibrate, digest, replay, log)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

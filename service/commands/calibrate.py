@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm4ehr.bundle import load_bundle
 from service import calibrate
 from service.commands.parsers import Commands
+from service.models.bundles import load_allowed
+from service.models.version import Name
 from service.settings import Settings
 
 
@@ -28,7 +29,7 @@ def _calibrate(a: argparse.Namespace) -> None:
     settings = Settings()
     n_cores, target_s = calibrate.cores(), a.target_ms / 1000
     name, _, version = settings.bundle.partition("/")
-    bundle = load_bundle(settings.model_repository, name, int(version))
+    bundle = load_allowed(settings, Name(name, int(version)))
     max_rows = calibrate.most_rows(bundle, settings)
     measured = calibrate.measure(
         calibrate.ticker(bundle, settings, max_rows),

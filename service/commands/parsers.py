@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
-from llm4ehr.bundle import Bundle, load_bundle
+from llm4ehr.bundle import Bundle
+from service.models.bundles import load_allowed
+from service.models.version import Name
 from service.settings import Settings
 
 # In quotes: the class takes no parameters when the program runs.
@@ -22,7 +24,12 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
 
 def bundle_of(a: argparse.Namespace) -> Bundle:
     """The bundle that the arguments name. Raises BundleError; ValueError for what is no name."""
+    return load_allowed(Settings(), name_of(a), a.repository)
+
+
+def name_of(a: argparse.Namespace) -> Name:
+    """What the arguments call the bundle. Raises ValueError."""
     name, _, version = (a.bundle or Settings().bundle).partition("/")
     if not version.isdigit():
         raise ValueError("--bundle is NAME/VERSION")
-    return load_bundle(a.repository or Settings().model_repository, name, int(version))
+    return Name(name, int(version))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from llm4ehr.bundle import BundleError, bundle_versions, load_bundle
+from llm4ehr.bundle import Bundle, BundleError, bundle_versions, load_bundle
 from service.engine.backends.base import DeviceFault, RowDependenceError
 from service.engine.backends.factory import make_backend
 from service.engine.backends.verify import NotFinite
@@ -18,6 +18,19 @@ from service.models.version import LoadError, Model, Name
 from service.precision import NotGated, let_through, numerics
 from service.settings import Settings
 from service.tracing import OFF, Tracing
+
+
+def load_allowed(settings: Settings, name: Name, repository: Path | None = None) -> Bundle:
+    """Verify and load a bundle that the settings allow; from another repository if one is given.
+
+    Where digests are pinned, none but a pinned version is loaded. Raises BundleError.
+    """
+    repository = repository or settings.model_repository
+    pins = settings.bundle_digests
+    if pins is not None and str(name) not in pins:
+        manifest = repository / name.name / str(name.version) / "manifest.json"
+        raise BundleError(f"{manifest}: no digest of this version is pinned")
+    return load_bundle(repository, *name, digest=None if pins is None else pins[str(name)])
 
 
 class Bundles:
@@ -52,7 +65,7 @@ class Bundles:
         Raises BundleError, RowDependenceError, and ValueError (NotOnline, NotGated, NotFinite) for
         a network or a backend that does not do.
         """
-        bundle = load_bundle(self._settings.model_repository, *name)
+        bundle = load_allowed(self._settings, name)
         if (reason := bundle.network.not_online) is not None:
             raise NotOnline(reason)
         gate = let_through(bundle, self._settings)

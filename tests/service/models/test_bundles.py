@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from llm4ehr.bundle import Bundle, Network
 from llm4ehr.episode import Episode
+from service.__main__ import main
 from service.core import EngineStopped
 from service.engine.backends.base import DeviceFault, RowDependenceError
 from service.engine.backends.factory import make_backend
@@ -186,3 +188,50 @@ def test_what_is_on_disk(pair: Pair) -> None:
     assert pair.bundles.on_disk() == [Name("tiny", version) for version in (1, 2, 3)]
     for model in pair.models:
         model.close()
+
+
+def test_with_pinned_digests_nothing_else_is_loaded(
+    pair: Pair, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["digest", "--bundle", "tiny/1", "--repository", str(repository)]) == 0
+    right = json.loads(capsys.readouterr().out)
+    assert right == {"tiny/1": pair.models[0].engine.bundle.digest}
+    for model in pair.models:
+        model.close()
+
+    def pinned(pins: dict[str, str]) -> Bundles:
+        settings = Settings(
+            model_repository=repository, kv_memory_mib=1, engine_rows=ROWS, bundle_digests=pins
+        )
+        return Bundles(settings, EngineMetrics(CollectorRegistry(), "tiny/1"), pair.fatal.append)
+
+    pinned(right).load(Name("tiny", 1)).close()
+    for pins, why in (
+        ({"tiny/1": "0" * 64}, "tiny/1/manifest.json: its digest is not the one that is expected"),
+        (right, "tiny/2/manifest.json: no digest of this version is pinned"),
+        ({}, "tiny/2/manifest.json: no digest of this version is pinned"),
+    ):
+        version = 1 if pins != right and pins else 2
+        with pytest.raises(LoadError) as caught:
+            pinned(pins).load(Name("tiny", version))
+        assert (caught.value.type, str(caught.value)) == ("bundle-invalid", why)
+
+
+@pytest.mark.parametrize("command", ["score", "gate", "calibrate"])
+def test_commands_keep_to_pinned_digests(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setenv("LLM4EHR_MODEL_REPOSITORY", str(repository))
+    monkeypatch.setenv("LLM4EHR_BUNDLE", "tiny/1")
+    monkeypatch.setenv("LLM4EHR_BUNDLE_DIGESTS", json.dumps({"tiny/1": "0" * 64}))
+    arguments = {
+        "score": ["--data", str(tmp_path), "--out", str(tmp_path / "out")],
+        "gate": ["--precision", "bf16", "--data", str(tmp_path), "--out", str(tmp_path / "out")],
+        "calibrate": [],
+    }
+    assert main([command, *arguments[command]]) == 1
+    assert "its digest is not the one that is expected" in capsys.readouterr().err
