@@ -26,7 +26,7 @@ from service.entries import Draft, Entry
 from service.log.base import EventLog, LogCorrupt, LogUnavailable, Retired, SequenceConflict
 from service.log.migrate import USER_VERSION
 from service.log.rows import FIRST, AuditChain, from_rows, number, to_rows
-from service.log.sqlite_file import FileLock, open_reader, open_writer
+from service.log.sqlite_file import FileLock, OpenFiles, open_reader, open_writer
 from service.trail.record import AuditRecord
 
 MAX_GROUP = 256
@@ -90,6 +90,7 @@ class SqliteLog(EventLog):
         try:
             self._writer = open_writer(path)
             self._reader = open_reader(path)
+            self._files = OpenFiles(path)
         except LogUnavailable:
             self._lock.release()
             raise
@@ -210,6 +211,7 @@ class SqliteLog(EventLog):
     def _try_again(self) -> None:
         """Write what is there already: the disk and the lock are needed, the log stays as it is."""
         with contextlib.suppress(apsw.Error, OSError, MemoryError):
+            self._files.require()
             self._writer.execute(f"PRAGMA user_version = {USER_VERSION}")
             self._available = True
 
@@ -230,6 +232,7 @@ class SqliteLog(EventLog):
         db, audit = self._writer, self._audit
         written: list[tuple[_Write, list[Entry]]] = []
         try:
+            self._files.require()
             db.execute("BEGIN IMMEDIATE")
             for write in group:
                 try:

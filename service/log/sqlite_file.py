@@ -39,6 +39,34 @@ class FileLock:
         os.close(self._file)
 
 
+class OpenFiles:
+    """The files of an open log, as they stand under their names.
+
+    SQLite writes on into a file that was moved, removed or replaced, where nobody would find what
+    was acknowledged, and lays holes into one that was cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._paths = (str(path), f"{path}-wal")
+        self._size = 0
+        self._known = self._look()
+
+    def require(self) -> None:
+        """Raises OSError unless they are those that were opened. Only a checkpoint changes the size
+        of the first, and makes it no smaller.
+        """
+        if self._look() != self._known:
+            raise OSError("a file of the log was replaced or cut off")
+
+    def _look(self) -> list[tuple[int, int]]:
+        found = [os.stat(path) for path in self._paths]
+        if found[0].st_size < self._size:
+            return []
+        self._size = found[0].st_size
+        return [(file.st_dev, file.st_ino) for file in found]
+
+
 def open_writer(path: Path) -> apsw.Connection:
     """The connection that writes and checkpoints, its schema up to date; the lock must be held.
 
