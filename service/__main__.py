@@ -13,7 +13,7 @@ from llm4ehr.store import StoreError
 from service import logs
 from service.commands import audit, calibrate, clients, digest, log, replay, score, serve
 from service.engine.backends.base import RowDependenceError
-from service.log.base import LogUnavailable
+from service.log.base import LogCorrupt, LogUnavailable
 from service.settings import PREFIX
 
 _COMMANDS = (serve, audit, clients, score, calibrate, digest, replay, log)
@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = "".join(f"{PREFIX}{part}" for part in parts)
             print(f"error: {name} {wrong['msg']}", file=sys.stderr)
         return 1
-    except (BundleError, StoreError, LogUnavailable, RowDependenceError, OSError, ValueError) as e:
+    except (
+        BundleError, StoreError, LogCorrupt, LogUnavailable, RowDependenceError, OSError, ValueError
+    ) as e:  # fmt: skip
         print(f"error: {e}", file=sys.stderr)
         return 1
     return 0

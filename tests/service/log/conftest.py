@@ -9,6 +9,7 @@ import apsw
 import psycopg
 import pytest
 
+from service.__main__ import main
 from service.log import EventLog, SqliteLog
 from service.log.postgres import PostgresLog
 
@@ -60,3 +61,50 @@ def execute(database: str) -> Iterator[Callable[[str], list[tuple]]]:
             yield run
     else:
         yield lambda statement: apsw.Connection(database).execute(statement).fetchall()
+
+
+@pytest.fixture
+def tamper(database: str, execute: Callable[[str], list[tuple]]) -> Callable[[str], None]:
+    """Change what is written, as only one who owns the database can: the triggers out of the way.
+
+    `:h` in the statement stands for 32 bytes.
+    """
+    postgres = database.startswith("postgresql:")
+
+    def run(statement: str) -> None:
+        text = statement.replace(":h", f"'\\x{'ab' * 32}'" if postgres else f"x'{'ab' * 32}'")
+        if postgres:
+            for table in ("log", "audit", "retired"):
+                execute(f"ALTER TABLE {table} DISABLE TRIGGER ALL")
+        else:
+            for (name,) in execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'"):
+                execute(f"DROP TRIGGER {name}")
+        execute(text)
+
+    return run
+
+
+@pytest.fixture
+def command(
+    database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """`command("verify", ...)`: run `python -m service log` on the database; its exit status and
+    standard output.
+    """
+
+    def run(*arguments: object) -> tuple[int, str]:
+        name = "URL" if database.startswith("postgresql:") else "PATH"
+        monkeypatch.setenv(f"LLM4EHR_LOG_{name}", database)
+        capsys.readouterr()
+        try:
+            status = main(["log", *map(str, arguments)])
+        except SystemExit as end:
+            status = int(str(end.code))
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def rows_of_file(path: Path, table: str) -> list[tuple]:
+    """All rows of a table of a SQLite file."""
+    return apsw.Connection(str(path)).execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
