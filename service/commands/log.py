@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from service.commands.parsers import Commands
 from service.log import backup, retention
 from service.log.migrate import SCHEMA, migrate_postgres
+from service.log.sqlite_file import FileLock, open_writer
 from service.log.tables import CHAINED, Tables, open_tables
 from service.log.verify import Finding, read_anchors, verify, write_anchors
 from service.settings import Settings
@@ -67,8 +69,18 @@ def _migrate(a: argparse.Namespace) -> None:
     elif a.grant is not None:
         raise ValueError("--grant is for PostgreSQL: a SQLite file has no roles")
     else:
-        open_tables(settings, writes=True).close()
+        _migrate_file(settings.log_path)
     print(f"the log has schema {SCHEMA}")
+
+
+def _migrate_file(path: Path) -> None:
+    lock = FileLock(path)
+    try:
+        with _bar() as bar:
+            task = bar.add_task("writing rows anew", total=None)
+            open_writer(path, _in_thousands(lambda n: bar.advance(task, n))).close()
+    finally:
+        lock.release()
 
 
 def _verify(a: argparse.Namespace) -> None:
@@ -156,6 +168,17 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+
+
+def _in_thousands(advance: Callable[[int], None]) -> Callable[[], None]:
+    """To be called for each row; a bar that is told of every single one costs more than the row."""
+    rows = itertools.count(1)
+
+    def one() -> None:
+        if next(rows) % 1_000 == 0:
+            advance(1_000)
+
+    return one
 
 
 @contextmanager

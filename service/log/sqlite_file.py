@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
@@ -67,21 +68,28 @@ class OpenFiles:
         return [(file.st_dev, file.st_ino) for file in found]
 
 
-def open_writer(path: Path) -> apsw.Connection:
+def open_writer(path: Path, advance: Callable[[], None] = lambda: None) -> apsw.Connection:
     """The connection that writes and checkpoints, its schema up to date; the lock must be held.
 
-    Raises LogUnavailable.
+    `advance` is called for every row that is written anew for that. Raises LogUnavailable.
     """
     _require_library()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         db = apsw.Connection(str(path))
+    except (apsw.Error, OSError) as error:
+        raise LogUnavailable(f"cannot open the log {path}: {error}") from error
+    try:
         db.set_busy_timeout(BUSY_MS)
         if db.pragma("journal_mode", "wal") != "wal":
             raise LogUnavailable(f"the file system of {path} does not support WAL")
         db.pragma("synchronous", "full")
-        migrate_file(db)
+        migrate_file(db, advance)
+    except LogUnavailable:
+        db.close()
+        raise
     except (apsw.Error, OSError) as error:
+        db.close()
         raise LogUnavailable(f"cannot open the log {path}: {error}") from error
     return db
 
@@ -96,6 +104,7 @@ def open_reader(path: Path) -> apsw.Connection:
     except apsw.Error as error:
         raise LogUnavailable(f"cannot open the log {path}: {error}") from error
     if revision != SCHEMA:
+        db.close()
         raise WrongSchema(
             f"the log {path} has schema {revision}, this version reads {SCHEMA}:"
             " run `python -m service log migrate`"
