@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from service.log.base import EventLog
+from service.entries import Entry
+from service.log.base import EventLog, LogCorrupt
 from service.state import EpisodeState, StateCache
 
 
@@ -39,14 +41,14 @@ class Memory:
             last = state.entries[-1]
             entries = await self._log.entries(episode_id, last.seq - 1)
             if entries and entries[0][:-1] == last[:-1]:
-                state.extend(entries)
+                _take(state, entries)
                 return self._cache.offer(state, evict=evict)
             # Its time to be kept is over, or the database went back to an earlier state.
             if self._cache.get(episode_id) is state:
                 self._cache.drop(episode_id)
                 self.on_lost(episode_id)
         entries = await self._log.entries(episode_id)
-        return self._cache.offer(EpisodeState(entries), evict=evict) if entries else None
+        return self._cache.offer(_state_of(entries), evict=evict) if entries else None
 
     async def reaching(self, episode_id: str, seq: int) -> EpisodeState | None:
         """What is held of an episode if it reaches as far as an entry, else what the log has."""
@@ -60,3 +62,27 @@ class Memory:
     def drop(self, episode_id: str) -> None:
         """Keep nothing of an episode: it is read again when it is asked for."""
         self._cache.drop(episode_id)
+
+
+def _state_of(entries: Sequence[Entry]) -> EpisodeState:
+    """A new state of what the log holds. Raises LogCorrupt."""
+    with _as_written():
+        state = EpisodeState(entries)
+        state.view  # noqa: B018 - it is read off the entries when it is asked for
+        return state
+
+
+def _take(state: EpisodeState, entries: Sequence[Entry]) -> None:
+    """Add what the log holds to a state. Raises LogCorrupt."""
+    with _as_written():
+        state.extend(entries)
+        state.view  # noqa: B018
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Damage may make of an entry whatever it likes: raises LogCorrupt if it makes no episode."""
+    try:
+        yield
+    except Exception as error:
+        raise LogCorrupt("what the log holds makes no episode") from error
