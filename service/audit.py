@@ -11,14 +11,14 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter
 
 from service.core import EngineStopped, ModelFault, Overloaded, Scores, episode_at
-from service.log.base import EventLog, LogUnavailable
+from service.log.base import EventLog, LogCorrupt, LogUnavailable
 from service.memory import Memory
 from service.models.manager import Models
 from service.models.version import Serving
 
 _logger = logging.getLogger(__name__)
 
-Outcome = Literal["equal", "different", "skipped"]
+Outcome = Literal["equal", "different", "corrupt", "skipped"]
 
 
 class Auditor:
@@ -51,6 +51,12 @@ class Auditor:
         self._mismatches = Counter(
             "llm4ehr_replay_mismatch",
             "Stays that were served other bits than the log gives; must stay 0",
+            registry=registry,
+        )
+
+        self._corrupt = Counter(
+            "llm4ehr_log_corrupt",
+            "Stays whose entries in the log are not as they were written; must stay 0",
             registry=registry,
         )
 
@@ -97,7 +103,13 @@ class Auditor:
         state = self._random.choice(states)
         episode_id, served = state.episode_id, live.kept(state)
         # The log, not the memory: what is wrong there is to be found as well.
-        entries = await self._log.entries(episode_id)
+        try:
+            await self._log.verify(episode_id)
+            entries = await self._log.entries(episode_id)
+        except LogCorrupt:
+            self._corrupt.inc()
+            _logger.critical("an audit found a stay in the log that is not as it was written")
+            return "corrupt"
         if served is None or not entries or entries[-1].seq != served.view.seq:
             return "skipped"
         view = episode_at(entries)

@@ -73,6 +73,10 @@ class EventLog(ABC):
         """
 
     @abstractmethod
+    async def verify(self, episode_id: str) -> None:
+        """Compute every hash of an episode again. Raises LogCorrupt, LogUnavailable."""
+
+    @abstractmethod
     async def heads(self) -> dict[str, int]:
         """The last number of every episode, the one most recently written to first.
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import ClassVar, TypeVar
+from typing import ClassVar, LiteralString, TypeVar
 
 import psycopg
 
@@ -22,7 +22,7 @@ from service.entries import Draft, Entry
 from service.log.base import EventLog, LogUnavailable, Retired, SequenceConflict
 from service.log.migrate import RETIRED_STATE, SCHEMA, WrongSchema
 from service.log.postgres_lanes import Connection, Lane, Lanes, is_lost
-from service.log.rows import FIRST, Row, from_rows, number, to_rows
+from service.log.rows import FIRST, Row, from_rows, number, require_chain, to_rows
 from service.trail.record import AuditRecord
 
 _logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ _ENTRIES = """
 SELECT seq, kind, item_id, effective_at, available_at, recorded_at, target, payload
 FROM log WHERE episode_id = %s AND seq > %s ORDER BY seq
 """
+_ROWS = "SELECT * FROM log WHERE episode_id = %s ORDER BY seq"
 # Steps from one episode to the next through the primary key instead of reading every row.
 _HEADS = """
 WITH RECURSIVE head AS (
@@ -155,17 +156,14 @@ class PostgresLog(EventLog):
         await self._write(write)
 
     async def entries(self, episode_id: str, after_seq: int = 0) -> list[Entry]:
-        async def read(lane: Lane) -> list[Row]:
-            return await (await lane.db.execute(_ENTRIES, (episode_id, after_seq))).fetchall()
-
-        rows = await self._use(read)
+        rows = await self._read(_ENTRIES, episode_id, after_seq)
         return await asyncio.to_thread(from_rows, episode_id, after_seq, rows)
 
-    async def heads(self) -> dict[str, int]:
-        async def read(lane: Lane) -> list[Row]:
-            return await (await lane.db.execute(_HEADS)).fetchall()
+    async def verify(self, episode_id: str) -> None:
+        await asyncio.to_thread(require_chain, await self._read(_ROWS, episode_id))
 
-        return dict(await self._use(read))
+    async def heads(self) -> dict[str, int]:
+        return dict(await self._read(_HEADS))
 
     async def changes(self) -> AsyncIterator[str | None]:
         while not self._closed:
@@ -197,6 +195,12 @@ class PostgresLog(EventLog):
         if self._running:
             await asyncio.wait(self._running)
         await self._lanes.close()
+
+    async def _read(self, query: LiteralString, *values: object) -> list[Row]:
+        async def read(lane: Lane) -> list[Row]:
+            return await (await lane.db.execute(query, values)).fetchall()
+
+        return await self._use(read)
 
     async def _write(self, work: Callable[[Lane], Awaitable[_T]]) -> _T:
         async def whole(lane: Lane) -> _T:

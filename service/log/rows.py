@@ -100,6 +100,15 @@ def from_rows(episode_id: str, after_seq: int, rows: Iterable[Sequence[Any]]) ->
     return entries
 
 
+def require_chain(rows: Iterable[Row]) -> None:
+    """Raises LogCorrupt unless these are all rows of one episode, as they were written."""
+    last = FIRST
+    for expected, row in enumerate(rows, start=1):
+        if row[1] != expected or chain_hash(last, row[:-1]) != row[-1]:
+            raise LogCorrupt("an entry is missing or not as it was written")
+        last = row[-1]
+
+
 @dataclass(slots=True)
 class AuditChain:
     """Where the lines of one writer of the audit trail have got to."""

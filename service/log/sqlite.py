@@ -25,7 +25,7 @@ import apsw
 from service.entries import Draft, Entry
 from service.log.base import EventLog, LogCorrupt, LogUnavailable, Retired, SequenceConflict
 from service.log.migrate import USER_VERSION
-from service.log.rows import FIRST, AuditChain, from_rows, number, to_rows
+from service.log.rows import FIRST, AuditChain, from_rows, number, require_chain, to_rows
 from service.log.sqlite_file import FileLock, OpenFiles, open_reader, open_writer
 from service.trail.record import AuditRecord
 
@@ -43,6 +43,7 @@ _ENTRIES = """
 SELECT seq, kind, item_id, effective_at, available_at, recorded_at, target, payload
 FROM log WHERE episode_id = ? AND seq > ? ORDER BY seq
 """
+_ROWS = "SELECT * FROM log WHERE episode_id = ? ORDER BY seq"
 # Steps from one episode to the next through the primary key instead of reading every row.
 _HEADS = """
 WITH RECURSIVE episode (id) AS (
@@ -138,6 +139,9 @@ class SqliteLog(EventLog):
                 episode_id, after_seq, db.execute(_ENTRIES, (episode_id, after_seq)).fetchall()
             )
         )
+
+    async def verify(self, episode_id: str) -> None:
+        await self._read(lambda db: require_chain(db.execute(_ROWS, (episode_id,))))
 
     async def heads(self) -> dict[str, int]:
         rows = await self._read(lambda db: db.execute(_HEADS).fetchall())

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import apsw
 import httpx
 import numpy as np
 import pytest
@@ -141,6 +142,21 @@ async def test_a_corrupted_slot_is_found_and_mended(audited: Audited) -> None:
     assert mended["hours"][:-1] == wrong["hours"][:-1]
     assert await audited.auditor.audit() == "equal"
     assert audited.counts()[1] == 1
+
+
+async def test_a_stay_that_was_changed_in_the_log_is_found(
+    audited: Audited, log_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await audited.risk()
+    db = apsw.Connection(str(log_path))
+    db.execute("DROP TRIGGER log_is_never_updated")
+    db.execute("UPDATE log SET payload = replace(payload, '70', '71')")
+    db.close()
+    with caplog.at_level(logging.CRITICAL):
+        assert await audited.auditor.audit() == "corrupt"
+    assert audited.registry.get_sample_value("llm4ehr_log_corrupt_total") == 1
+    [record] = caplog.records
+    assert "'e'" not in record.getMessage()
 
 
 async def test_a_stay_that_has_changed_meanwhile_is_skipped(audited: Audited) -> None:

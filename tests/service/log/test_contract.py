@@ -177,6 +177,19 @@ async def test_an_episode_that_cannot_be_read_is_told_from_a_log_that_cannot(
     assert log.available()
 
 
+async def test_an_episode_is_verified_by_its_hashes(
+    log: EventLog, tamper: Callable[[str], None]
+) -> None:
+    for name in ("a", "b"):
+        await log.append(name, [ADMISSION, note("x"), note("y")], T0, 0)
+    await log.verify("a")
+    await log.verify("nobody")
+    tamper("UPDATE log SET target = 'other' WHERE episode_id = 'a' AND seq = 2")
+    with pytest.raises(LogCorrupt):
+        await log.verify("a")
+    await log.verify("b")
+
+
 async def test_nothing_is_done_after_the_end(make_log: Make) -> None:
     log = make_log()
     await log.open()
