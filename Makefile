@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help install minilm serve test lint format train-demo default-bundle clean
+.PHONY: help install minilm serve test lint lock audit sbom format train-demo default-bundle clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -66,6 +66,17 @@ lint: $(STAMP) ## run ruff, mypy and import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lock: $(STAMP) ## write the locked requirements of the images anew (needs the package index)
+	PATH="$(abspath $(BIN)):$$PATH" $(PY) -m deploy.requirements.lock
+
+audit: $(STAMP) ## look the locked packages up in the database of vulnerabilities (needs a network)
+	for file in service onnx gpu torch; do \
+	    $(BIN)/pip-audit --require-hashes --disable-pip --requirement deploy/requirements/$$file.txt; \
+	done
+
+sbom: $(STAMP) ## write the bill of materials of the image, build/sbom.cdx.json
+	$(PY) -m deploy.sbom --out build/sbom.cdx.json
 
 format: $(STAMP) ## sort imports, mend what can be mended, format
 	$(BIN)/ruff check --fix .
