@@ -122,16 +122,17 @@ def postgres_server(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def empty_postgres_url(postgres_server: str) -> Iterator[str]:
     """A database of this test's own, without a table."""
-    yield from _database(postgres_server, "template0")
+    yield from new_database(postgres_server, "template0")
 
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """A database of this test's own with the schema of the log, empty."""
-    yield from _database(postgres_server, _TEMPLATE)
+    yield from new_database(postgres_server)
 
 
-def _database(server: str, template: str) -> Iterator[str]:
+def new_database(server: str, template: str = _TEMPLATE) -> Iterator[str]:
+    """URL of a database that is dropped in the end, by default with the schema of the log."""
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(f"{server}/postgres", autocommit=True) as db:
         db.execute(f"CREATE DATABASE {name} TEMPLATE {template}")

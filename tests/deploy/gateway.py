@@ -22,7 +22,9 @@ TEMPLATE = DEPLOY / "gateway" / "nginx.conf.template"
 class Gateway:
     """nginx before replicas on these ports. As a context: started and answering, ended after."""
 
-    def __init__(self, folder: Path, replica_ports: Sequence[int], **words: Any) -> None:
+    def __init__(
+        self, folder: Path, replica_ports: Sequence[int], *, max_fails: int = 2, **words: Any
+    ) -> None:
         self.folder = folder
         self.port, self._health_port = free_port(), free_port()
         self.address = f"https://127.0.0.1:{self.port}"
@@ -32,9 +34,8 @@ class Gateway:
         (folder / "secrets" / "client-ca.pem").write_bytes(self.authority.path.read_bytes())
         self.secret_file = folder / "gateway-secret"
         self._make_secret()
-        servers = (
-            f"server 127.0.0.1:{port} max_fails=2 fail_timeout=5s;" for port in replica_ports
-        )
+        options = f"max_fails={max_fails} fail_timeout=5s"
+        servers = (f"server 127.0.0.1:{port} {options};" for port in replica_ports)
         self._words = {
             "GATEWAY_LISTEN": f"127.0.0.1:{self.port}",
             "GATEWAY_HEALTH_LISTEN": f"127.0.0.1:{self._health_port}",
