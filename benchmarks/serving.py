@@ -98,13 +98,12 @@ class Stays:
         """A row of the table: `rate` requests a second for so long, then wait until all is done."""
         self._runs += 1
         plan = Plan(
-            port=self.service.port,
             admitted=self.admitted.isoformat(),
             hours=self.hours,
             stays=self._stays,
             rate=rate,
             seconds=seconds,
-            **{"seed": self._runs} | options,
+            **{"port": self.service.port, "seed": self._runs} | options,
         )
         used = self.service.cpu_seconds()
         self.last = run_load(plan)

@@ -15,6 +15,7 @@ import contextlib
 import json
 import resource
 import signal
+import ssl
 import sys
 import time
 from collections import deque
@@ -88,9 +89,11 @@ class Connection(asyncio.Protocol):
 
 
 def header(head: bytes, name: bytes) -> str | None:
-    """Value of a header; names as the server writes them, in lower case."""
-    _, found, rest = head.partition(b"\r\n" + name + b": ")
-    return rest.partition(b"\r\n")[0].decode() if found else None
+    """Value of a header; `name` in lower case."""
+    at = head.lower().find(b"\r\n" + name + b": ")
+    if at < 0:
+        return None
+    return head[at + len(name) + 4 :].partition(b"\r\n")[0].decode()
 
 
 class Load:
@@ -98,6 +101,7 @@ class Load:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._tls = plan.authority and ssl.create_default_context(cafile=plan.authority)
         self._beds = Beds(plan)
         self._requests = self._beds.schedule()
         # First in, first out: none idles for so long that the server closes it.
@@ -147,7 +151,7 @@ class Load:
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(
-            lambda: Connection(self._answered), "127.0.0.1", self._plan.port
+            lambda: Connection(self._answered), "127.0.0.1", self._plan.port, ssl=self._tls or None
         )
         self._all.append(connection)
         self._freed(connection)

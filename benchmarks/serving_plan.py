@@ -18,10 +18,12 @@ MAX_HOURS = 200
 class Plan:
     """What to send. `hours` are the next hour of the stay in each bed, and `stays` which stay of
     the bed that is; all were admitted at `admitted`. With `leave_at` a stay is discharged after so
-    many hours, and another one is admitted.
+    many hours, and another one is admitted. With `authority`, a file of certificates, the port
+    speaks TLS.
     """
 
     port: int
+    authority: str | None = None
     admitted: str
     hours: list[int]
     stays: list[int] = field(default_factory=list)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.programs import program
+
 pytestmark = pytest.mark.slow
 
 Run = Callable[..., dict[str, Any]]
@@ -32,6 +34,17 @@ def test_restart(run_benchmark: Run) -> None:
     assert row["warm_s"] >= 0  # the few stays may be scored before anybody looks
     assert row["errors"] == row["refused"] == 0
     assert row["readable_n"] > 0
+
+
+def test_gateway(run_benchmark: Run) -> None:
+    for name in ("nginx", "openssl"):
+        program(name)
+    direct, gateway = run_benchmark("gateway", "--quick")["rows"]
+    assert (direct["way"], gateway["way"]) == ("direct", "gateway")
+    for row in (direct, gateway):
+        assert row["failed"] == 0
+        assert row["post_p99_ms"] > 0
+        assert row["readable_n"] > 0
 
 
 def test_soak(run_benchmark: Run) -> None:
