@@ -8,37 +8,38 @@
 ARG PYTHON_IMAGE=python:3.12.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
-# Where to find wheels of torch that are for a CPU alone: that saves some gigabytes of CUDA libraries.
+# Where to find a wheel of torch that is for a CPU alone, which saves some gigabytes of CUDA
+# libraries. It goes with TORCH=torch-cpu, a file that `make lock` writes for that very index.
 ARG PIP_EXTRA_INDEX_URL
+ARG TORCH=torch
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
-    PIP_PYTHON=/opt/venv/bin/python
+    PIP_NO_DEPS=1 \
+    PIP_ONLY_BINARY=:all: \
+    PIP_PYTHON=/opt/venv/bin/python \
+    PIP_REQUIRE_HASHES=1
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 # Without pip: what runs installs nothing.
 RUN python -m venv --without-pip /opt/venv
-WORKDIR /src
-# The pinned packages form a layer of their own, which changes with the pins alone.
-COPY constraints.txt ./
-RUN pip install --constraint constraints.txt "$(grep '^torch==' constraints.txt)"
-COPY pyproject.toml LICENSE README.md ./
-COPY llm4ehr llm4ehr
-COPY service service
+# The locked packages form layers of their own, which change with the locks alone.
+COPY deploy/requirements /requirements
+RUN pip install --requirement "/requirements/${TORCH}.txt"
 
 FROM build AS build-cpu
-# For example: onnx,otel
-ARG EXTRAS
-RUN pip install --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}"
-# Beside the installed module, for there is no compiler where it runs. Not from here, where the
-# source is.
-WORKDIR /
+# `onnx` brings ONNX Runtime as well.
+ARG REQUIREMENTS=service
+RUN pip install --requirement "/requirements/${REQUIREMENTS}.txt"
+WORKDIR /opt/llm4ehr
+COPY llm4ehr llm4ehr
+COPY service service
+# Beside its source, for there is no compiler where it runs.
 RUN /opt/venv/bin/python -m service.engine.backends.slot_kernel
 
 FROM build AS build-gpu
-ARG EXTRAS=gpu
-RUN pip install --constraint constraints.txt ".[$EXTRAS]"
+RUN pip install --requirement /requirements/gpu.txt
 
 FROM ${PYTHON_IMAGE} AS base
 # Numeric, so that Kubernetes can see that it is not root.
@@ -46,10 +47,14 @@ ARG UID=10001
 RUN install --directory --owner="${UID}" --group="${UID}" --mode=0700 /var/lib/llm4ehr \
     && rm -rf /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip \
         /usr/local/bin/pip*
+COPY LICENSE /opt/llm4ehr/LICENSE
 COPY model_repository /opt/llm4ehr/model_repository
+# Nothing is imported from the folder that can be written, which is where it runs.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONFAULTHANDLER=1 \
+    PYTHONPATH=/opt/llm4ehr \
+    PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
     XDG_CACHE_HOME=/tmp \
@@ -72,6 +77,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build-gpu /opt/venv /opt/venv
+COPY llm4ehr /opt/llm4ehr/llm4ehr
+COPY service /opt/llm4ehr/service
 ARG UID=10001
 ENV LLM4EHR_BACKEND=torch-cuda \
     TRITON_CACHE_DIR=/tmp/triton
@@ -79,5 +86,6 @@ USER ${UID}:${UID}
 
 FROM base AS cpu
 COPY --from=build-cpu /opt/venv /opt/venv
+COPY --from=build-cpu /opt/llm4ehr /opt/llm4ehr
 ARG UID=10001
 USER ${UID}:${UID}
