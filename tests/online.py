@@ -157,9 +157,9 @@ class Answers:
 class Replica:
     """Answers without engine, scheduler or neighbours: one hour after the other in one slot."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, rows: int = ROWS) -> None:
         self._bundle = bundle
-        self._backend = TorchCpuBackend(bundle.network, n_slots=1, max_rows=ROWS)
+        self._backend = TorchCpuBackend(bundle.network, n_slots=1, max_rows=rows)
 
     def __call__(self, episode: Episode, n_hours: int | None = None) -> Answers:
         network, calibration = self._bundle.network, self._bundle.calibration

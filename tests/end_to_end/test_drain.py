@@ -18,9 +18,9 @@ import pytest
 
 from service.server import FATAL_STATUS
 from service.times import format_time
+from tests.end_to_end.checks import read_log
 from tests.end_to_end.load import HOURS, Acknowledged, requests
 from tests.end_to_end.server import PATIENCE_S, Server
-from tests.end_to_end.test_kill9 import read_log
 
 N_CLIENTS = 4
 

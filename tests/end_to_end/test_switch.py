@@ -14,9 +14,9 @@ import pytest
 
 from llm4ehr.bundle import Bundle, Network, save_bundle
 from service.core import Entry, entries_as_of
+from tests.end_to_end.checks import SCORES, assert_all_there, read_log, replayed
 from tests.end_to_end.load import HOURS, Load, requests
 from tests.end_to_end.server import PATIENCE_S, Server
-from tests.end_to_end.test_kill9 import SCORES, assert_all_there, read_log, replayed
 from tests.online import Replica, tiny_bundle
 
 N_CLIENTS = 3

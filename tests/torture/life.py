@@ -1,0 +1,54 @@
+"""Lives of the service, forked from a process that has everything imported: a start is cheap then.
+
+This module is what that process imports, so all that a life needs is imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: F401 - a life needs it
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401 - as does the tiny network
+
+from service.runtime import build_app
+from service.server import Server
+from service.settings import Settings
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def nursery() -> ForkServerContext:
+    """Where lives are forked; its process starts with the first of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def born(context: ForkServerContext, output: Path, settings: dict[str, Any]) -> BaseProcess:
+    """A new life, at its very beginning."""
+    life = context.Process(target=live, args=(output, settings), daemon=True)
+    life.start()
+    return life
+
+
+def live(output: Path, settings: dict[str, Any]) -> None:
+    """What `python -m service serve` does, with these settings and its output in a file."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    with output.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    read = Settings(**settings)
+    Server(build_app(read), read, threading.Event()).run()
