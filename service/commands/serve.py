@@ -17,6 +17,7 @@ from service import logs
 from service.access.hosts import is_loopback
 from service.commands.parsers import Commands
 from service.engine.backends.base import DeviceFault
+from service.log.opening import wait_for_log
 from service.runtime import build_app
 from service.server import FATAL_STATUS, Server
 from service.settings import Settings
@@ -84,6 +85,7 @@ def _run(settings: Settings, beside: Callable[[Server], None] | None = None) -> 
             os._exit(FATAL_STATUS)
         fatal.set()
 
+    wait_for_log(settings)
     server = Server(build_app(settings, on_fatal), settings, fatal)
     if beside is not None:
         beside(server)

@@ -30,6 +30,15 @@ class WrongSchema(LogUnavailable):
     """The database has not the schema that this version knows."""
 
 
+def require_known(revision: str | None) -> None:
+    """Raises WrongSchema, which says what to do, unless it is the step that this version knows."""
+    if revision != SCHEMA:
+        raise WrongSchema(
+            f"the log has schema {revision or '(none)'}, this version needs {SCHEMA}:"
+            " run `python -m service log migrate`"
+        )
+
+
 def revision_of_file(db: apsw.Connection) -> str | None:
     """The step of a SQLite file; None of an empty one. Raises WrongSchema for a foreign one."""
     version = db.pragma("user_version")

@@ -20,7 +20,7 @@ import psycopg
 
 from service.entries import Draft, Entry
 from service.log.base import EventLog, LogUnavailable, Retired, SequenceConflict
-from service.log.migrate import RETIRED_STATE, SCHEMA, WrongSchema
+from service.log.migrate import RETIRED_STATE, WrongSchema, require_known
 from service.log.postgres_lanes import Connection, Lane, Lanes, is_lost
 from service.log.rows import FIRST, Row, from_rows, number, require_chain, to_rows
 from service.trail.record import AuditRecord
@@ -282,12 +282,7 @@ async def _try(lane: Lane) -> None:
 
 async def _check_schema(lane: Lane) -> None:
     """Raises WrongSchema, LogUnavailable."""
-    revision = await _revision(lane.db)
-    if revision != SCHEMA:
-        raise WrongSchema(
-            f"the PostgreSQL of the log has schema {revision}, this version needs {SCHEMA}:"
-            " run `python -m service log migrate`"
-        )
+    require_known(await _revision(lane.db))
 
 
 async def _revision(db: Connection) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import apsw
 
 from service.log.base import LogUnavailable
-from service.log.migrate import SCHEMA, WrongSchema, migrate_file, revision_of_file
+from service.log.migrate import migrate_file, require_known, revision_of_file
 
 MIN_SQLITE = 3_051_003
 BUSY_MS = 5_000
@@ -100,15 +100,9 @@ def open_reader(path: Path) -> apsw.Connection:
     try:
         db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
         db.set_busy_timeout(BUSY_MS)
-        revision = revision_of_file(db)
+        require_known(revision_of_file(db))
     except apsw.Error as error:
         raise LogUnavailable(f"cannot open the log {path}: {error}") from error
-    if revision != SCHEMA:
-        db.close()
-        raise WrongSchema(
-            f"the log {path} has schema {revision}, this version reads {SCHEMA}:"
-            " run `python -m service log migrate`"
-        )
     return db
 
 

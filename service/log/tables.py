@@ -13,7 +13,7 @@ import psycopg
 from psycopg import sql as pg
 
 from service.log.base import LogCorrupt, LogUnavailable
-from service.log.migrate import SCHEMA, WrongSchema, revision_of_postgres
+from service.log.migrate import require_known, revision_of_postgres
 from service.log.postgres_lanes import parameters
 from service.log.rows import Row
 from service.log.sqlite_file import FileLock, open_reader, open_writer
@@ -138,15 +138,9 @@ class PostgresTables(Tables):
         """Raises LogUnavailable, WrongSchema."""
         try:
             self._db = psycopg.connect(**parameters(url), autocommit=True)
-            revision = revision_of_postgres(self._db)
+            require_known(revision_of_postgres(self._db))
         except psycopg.Error as error:
             raise LogUnavailable(f"the log: {error}") from error
-        if revision != SCHEMA:
-            self._db.close()
-            raise WrongSchema(
-                f"the PostgreSQL of the log has schema {revision}, this version needs {SCHEMA}:"
-                " run `python -m service log migrate`"
-            )
 
     def execute(self, statement: str, *values: object) -> list[Row]:
         try:

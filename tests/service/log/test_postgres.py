@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import psycopg
 import pytest
 
+from service.__main__ import main
 from service.log import LogUnavailable, PostgresLog, SequenceConflict, Unconfirmed, postgres
 from service.log import postgres_lanes as lanes
-from service.log.migrate import SCHEMA
+from service.log.migrate import SCHEMA, migrate_postgres
 from service.log.postgres_lanes import Lane
 from tests.end_to_end.server import free_port
 from tests.postgres import Cluster
@@ -199,6 +200,15 @@ async def test_another_schema_is_refused(empty_postgres_url: str, postgres_url: 
         await PostgresLog(postgres_url).open()
 
 
+def test_the_service_says_in_one_line_what_is_wrong(
+    empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLM4EHR_LOG_URL", empty_postgres_url)
+    assert main(["serve"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "python -m service log migrate" in line
+
+
 async def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres, "START_S", -1.0)
     url = f"postgresql://me:secret@127.0.0.1:{free_port()}/none"
@@ -229,12 +239,9 @@ def test_what_is_no_url_is_not_quoted() -> None:
 async def test_the_service_needs_no_more_than_its_role_has(
     postgres_url: str, anyio_backend: str
 ) -> None:
-    from service.log.migrate import migrate_postgres
-
     with psycopg.connect(postgres_url, autocommit=True) as db:
-        db.execute("DROP OWNED BY llm4ehr_test") if db.execute(
-            "SELECT 1 FROM pg_roles WHERE rolname = 'llm4ehr_test'"
-        ).fetchone() else db.execute("CREATE ROLE llm4ehr_test LOGIN")
+        if not db.execute("SELECT 1 FROM pg_roles WHERE rolname = 'llm4ehr_test'").fetchall():
+            db.execute("CREATE ROLE llm4ehr_test LOGIN")
     migrate_postgres(postgres_url, "llm4ehr_test")
     url = postgres_url.replace("postgres@", "llm4ehr_test@")
     log = PostgresLog(url)
