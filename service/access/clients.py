@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import yaml
 from pydantic import (
@@ -173,9 +173,9 @@ def read(path: Path) -> tuple[Client, ...]:
 
 def parse(text: str) -> tuple[Client, ...]:
     """All entries of the text of a file. Raises ValueError as `read`."""
-    loader = yaml.BaseLoader(text)  # texts, lists and mappings: nothing is guessed
     try:
-        loaded: Any = loader.get_single_data()
+        # Texts, lists and mappings alone: nothing is guessed, and nothing else is made.
+        loaded = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506
         return _File.model_validate_json(json.dumps(loaded)).clients
     except ValidationError as error:
         wrong = error.errors(include_input=False, include_url=False)[0]
@@ -187,8 +187,6 @@ def parse(text: str) -> tuple[Client, ...]:
         raise ValueError(f"clients file: line {line} is no YAML") from None
     except (yaml.YAMLError, TypeError, ValueError, RecursionError):
         raise ValueError("clients file: it is no YAML of texts, lists and mappings") from None
-    finally:
-        loader.dispose()
 
 
 def _index(field: str, pairs: list[tuple[str | None, Client]]) -> dict[Hashable, Client]:

@@ -56,6 +56,7 @@ def test_the_service_streams_it(
         model_repository=repository,
         bundle="stream/1",
         log_path=tmp_path / "log.sqlite",
+        authentication="open",
         staleness_limit_hours=None,
         kv_memory_mib=4,
     )
