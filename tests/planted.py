@@ -24,10 +24,14 @@ _MARKS = re.compile(rf"{TEXT}|{NUMBER}|:\d\d\{FRACTION}|\d{{10}}{FRACTION[1:]}",
 EPISODE = f"{TEXT}-episode"
 KEY = f"llm4ehr_{TEXT}_{TEXT}"
 
-_HEADERS = {
+_GATEWAY = {
     "X-Client-Subject": f"CN={TEXT}",
     "X-Gateway-Secret": TEXT,
     "X-Forwarded-For": TEXT,
+}
+"""Said by who is no gateway."""
+
+_HEADERS = {
     "X-Request-ID": f"{TEXT} is none",
     "User-Agent": TEXT,
     "Cookie": f"{TEXT}={TEXT}",
@@ -159,6 +163,10 @@ def bad(admitted: datetime, episode: str = EPISODE) -> Iterator[Ask]:
     yield _json("PATCH", path, {"statics": {"age_years": TEXT, "sex": TEXT, "unit_type": TEXT}})
     yield Ask(method="DELETE", path=f"/episodes/{TEXT}-unknown")
     yield Ask(method=TEXT, path=path)
+    yield Ask(method="POST", path="/episodes", query=f"{TEXT}={TEXT}")
+    for name, value in _GATEWAY.items():
+        yield Ask(method="GET", path=path, headers=_HEADERS | {name: value})
+    yield Ask(method="GET", path=path, headers=_GATEWAY | {"Authorization": ""})
     yield Ask(method="GET", path=f"/{TEXT}/{TEXT}", query=f"{TEXT}={TEXT}")
     yield from _others()
 
