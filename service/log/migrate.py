@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql as pg
 
 from service.log.base import LogUnavailable
+from service.log.postgres_lanes import parameters
 from service.log.rows import FIRST, chain_hash
 
 SCHEMA = "0002"
@@ -79,7 +80,7 @@ def migrate_postgres(url: str, role: str | None = None) -> None:
     Raises WrongSchema, LogUnavailable.
     """
     try:
-        with psycopg.connect(url, connect_timeout=5) as db:
+        with psycopg.connect(**parameters(url)) as db:
             db.execute("SELECT pg_advisory_xact_lock(7306085371920384)")  # one at a time
             encoding = db.execute("SHOW server_encoding").fetchone()
             if encoding != ("UTF8",):

@@ -53,3 +53,14 @@ def test_soak(run_benchmark: Run) -> None:
     loads = results["soak"]["loads"]
     assert len(loads) == 2
     assert sum(load["errors"] + load["refused"] for load in loads) == 0
+
+
+def test_log(run_benchmark: Run, postgres_url: str) -> None:
+    results = run_benchmark("log", "--quick", "--postgres", postgres_url)
+    assert [(row["database"], row["clients"]) for row in results["rows"]] == [
+        (database, clients) for database in ("sqlite", "postgresql") for clients in (1, 8, 64)
+    ]
+    for row in results["rows"]:
+        assert row["appends_per_s"] > 0
+        assert row["verify_per_s"] > 0
+    assert 0 < results["hash_us_per_entry"] < results["rows_us_per_entry"]

@@ -92,6 +92,14 @@ async def test_of_writers_at_once_one_wins(log: EventLog) -> None:
     assert [e.seq for e in await log.entries("e")] == [1, 2]
 
 
+async def test_thousands_of_entries_go_in_one_piece(log: EventLog) -> None:
+    drafts = [ADMISSION, *(note(f"{i}") for i in range(5_000))]
+    written = await log.append("e", drafts, T0, 0, line())
+    assert await log.entries("e") == written
+    assert await log.heads() == {"e": 5_001}
+    await log.verify("e")
+
+
 async def test_what_cannot_be_written_is_refused_and_harms_nothing(log: EventLog) -> None:
     naive = datetime(2026, 3, 1)  # noqa: DTZ001
     with pytest.raises(ValueError, match="nothing"):

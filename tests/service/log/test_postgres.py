@@ -13,6 +13,8 @@ from service.log import LogUnavailable, PostgresLog, SequenceConflict, Unconfirm
 from service.log import postgres_lanes as lanes
 from service.log.migrate import SCHEMA, migrate_postgres
 from service.log.postgres_lanes import Lane
+from service.log.tables import PostgresTables
+from service.log.verify import verify
 from tests.end_to_end.server import free_port
 from tests.postgres import Cluster
 from tests.service.fakes import T0
@@ -158,6 +160,35 @@ async def test_a_connection_lost_before_the_commit_is_replaced(
     monkeypatch.setattr(postgres, "to_rows", late)
     assert [e.seq for e in await log.append("e", [note()], T0, 1)] == [2]
     assert done == [1]
+
+
+async def test_many_replicas_write_one_chain_for_each_episode(postgres_url: str) -> None:
+    replicas = [PostgresLog(postgres_url) for _ in range(4)]
+    n_appends, n_conflicts = 15, 0
+
+    async def write(log: PostgresLog, name: str) -> None:
+        nonlocal n_conflicts
+        for i in range(n_appends):
+            while True:
+                seq = (await log.heads()).get("e", 0)
+                try:
+                    await log.append("e", [note(f"{name}-{i}"), note()], T0, seq, line())
+                    break
+                except SequenceConflict:
+                    n_conflicts += 1
+
+    for log in replicas:
+        await log.open()
+    await asyncio.gather(*(write(log, f"{n}") for n, log in enumerate(replicas)))
+    entries = await replicas[0].entries("e")
+    assert [e.seq for e in entries] == list(range(1, 2 * 4 * n_appends + 1))
+    assert len({e.item_id for e in entries}) == 4 * n_appends + 1
+    assert n_conflicts > 0
+    for log in replicas:
+        await log.close()
+    with PostgresTables(postgres_url) as tables:
+        assert verify(tables, {}, lambda n: None) == []
+        assert tables.count("audit") == 4 * n_appends
 
 
 async def test_others_are_told_what_was_written(log: PostgresLog, postgres_url: str) -> None:
