@@ -120,6 +120,9 @@ class SharedLog(EventLog):
         await self._turns()
         return found
 
+    async def verify(self, episode_id: str) -> None:
+        await self.entries(episode_id)
+
     async def heads(self) -> dict[str, int]:
         await self._turns()
         return {name: len(self.store.entries[name]) for name in reversed(self.store.order)}

@@ -24,7 +24,24 @@ from service.runtime import build_app
 from service.server import Server
 from service.settings import Settings
 
+ROWS = 4
+"""Of a tick: so few that a start takes little time."""
+
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def small(repository: Path) -> dict[str, Any]:
+    """Settings of a small service that everybody may use, without those of its log."""
+    return {
+        "model_repository": repository,
+        "bundle": "tiny/1",
+        "torch_threads": 1,
+        "engine_rows": ROWS,
+        "kv_memory_mib": 1,
+        "staleness_limit_hours": None,
+        "authentication": "open",
+        "requests_per_second_per_client": None,
+    }
 
 
 def nursery() -> ForkServerContext:

@@ -25,6 +25,7 @@ from service.log.tables import open_tables
 from service.settings import Settings
 from tests.online import Replica, tiny_bundle
 from tests.postgres import Cluster, new_database
+from tests.torture.life import ROWS, small
 from tests.torture.torture import Slot, Torture
 from tests.torture.verdict import assert_log_holds, assert_replicas_agree
 from tests.torture.work import Ledger
@@ -36,9 +37,6 @@ ON_SQLITE = KILLS // 4
 N_REPLICAS = 3
 A_ROUND = 250
 """Kills before everything is checked and a new log is begun."""
-ROWS = 4
-"""Of a tick: so few that a start takes little time."""
-
 _COUNTED = (
     "starting", "serving", "stopping", "during a restart of the database",
     "restarts of the database", "requests", "acknowledged items", "sent again", "duplicates",
@@ -150,17 +148,7 @@ class Rounds:
 
 @pytest.fixture
 def settings(repository: Path) -> dict[str, Any]:
-    """Of a small service that everybody may use."""
-    return {
-        "model_repository": repository,
-        "bundle": "tiny/1",
-        "torch_threads": 1,
-        "engine_rows": ROWS,
-        "kv_memory_mib": 1,
-        "staleness_limit_hours": None,
-        "authentication": "open",
-        "requests_per_second_per_client": None,
-    }
+    return small(repository)
 
 
 def test_replicas_on_postgres(

@@ -67,6 +67,12 @@ class Slot:
             self._life = None
 
     @property
+    def pid(self) -> int:
+        assert self._life is not None
+        assert self._life.pid is not None
+        return self._life.pid
+
+    @property
     def output(self) -> str:
         return self._output.read_text() if self._output.exists() else ""
 
