@@ -1,0 +1,144 @@
+"""Clients as the whole application sees them: tokens, gateways, and a service that is open."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.access.opening import open_authenticator
+from service.api.open_demo import warn
+from service.settings import Settings
+from tests.service.access.issuer import AUDIENCE, Issuer, serving
+from tests.service.fakes import running
+
+pytestmark = pytest.mark.anyio
+
+SECRET = "0123456789abcdef"
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    with serving() as issuer:
+        yield issuer
+
+
+@pytest.fixture
+def settings(tmp_path: Path, issuer: Issuer) -> dict[str, Any]:
+    (tmp_path / "secret").write_text(SECRET)
+    (tmp_path / "clients.yaml").write_text(
+        "clients: [{id: pump, scopes: [read], certificate_subject: 'CN=pump'}]"
+    )
+    return {
+        "oidc_issuer": issuer.url,
+        "oidc_audience": AUDIENCE,
+        "clients_file": tmp_path / "clients.yaml",
+        # What the transport of the tests says its address is.
+        "trusted_gateways": ["127.0.0.1/32"],
+        "gateway_secret_file": tmp_path / "secret",
+    }
+
+
+def known(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {"authenticator": open_authenticator(Settings(**settings))}
+
+
+async def test_a_token_opens_what_its_scopes_say(
+    log_path: Path, settings: dict[str, Any], issuer: Issuer, anyio_backend: str
+) -> None:
+    async with running(log_path, **known(settings)) as client:
+
+        async def status(path: str, text: str) -> int:
+            headers = {"Authorization": f"Bearer {text}"}
+            return (await client.http.get(path, headers=headers)).status_code
+
+        read = issuer.token(scope="system/RiskAssessment.rs")
+        assert await status("/episodes", read) == 200
+        assert await status("/operator/summary", read) == 403
+        assert await status("/episodes", issuer.token(scope="openid profile")) == 403
+        assert await status("/episodes", issuer.token(scope="read", aud="x")) == 401
+
+
+async def test_an_issuer_that_is_away_is_no_fault_of_the_client(
+    log_path: Path, settings: dict[str, Any], issuer: Issuer, anyio_backend: str
+) -> None:
+    issuer.answer["/keys"] = (500, b"", {})
+    async with running(log_path, **known(settings)) as client:
+        headers = {"Authorization": f"Bearer {issuer.token()}"}
+        answer = await client.http.get("/episodes", headers=headers)
+        assert answer.status_code == 503
+        assert answer.json()["type"] == "/problems/issuer-unavailable"
+        assert int(answer.headers["retry-after"]) > 0
+        # Whoever needs no issuer is served.
+        gateway = {"X-Gateway-Secret": SECRET, "X-Client-Subject": "CN=pump"}
+        assert (await client.http.get("/episodes", headers=gateway)).status_code == 200
+        assert (await client.http.get("/v2/health/ready")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("X-Gateway-Secret", SECRET), ("X-Client-Subject", "CN=pump")], 200),
+        ([("X-Client-Subject", "CN=pump")], 401),
+        ([("X-Gateway-Secret", SECRET)], 401),
+        ([("X-Gateway-Secret", SECRET), ("X-Client-Subject", "CN=nobody")], 401),
+        (
+            [("X-Gateway-Secret", SECRET), ("X-Client-Subject", "CN=nobody"),
+             ("X-Client-Subject", "CN=pump")],
+            401,
+        ),
+        ([("X-Gateway-Secret", "x"), ("X-Gateway-Secret", SECRET),
+          ("X-Client-Subject", "CN=pump")], 401),
+    ],
+)  # fmt: skip
+async def test_headers_of_a_gateway(
+    log_path: Path,
+    settings: dict[str, Any],
+    headers: list[tuple[str, str]],
+    status: int,
+    anyio_backend: str,
+) -> None:
+    async with running(log_path, **known(settings)) as client:
+        assert (await client.http.get("/episodes", headers=headers)).status_code == status
+
+
+async def test_two_authorizations_are_none(
+    log_path: Path, settings: dict[str, Any], issuer: Issuer, anyio_backend: str
+) -> None:
+    text = f"Bearer {issuer.token(scope='read')}"
+    async with running(log_path, **known(settings)) as client:
+        for headers in ([("Authorization", text)] * 2, [("Authorization", f"{text}, {text}")]):
+            assert (await client.http.get("/episodes", headers=headers)).status_code == 401
+
+
+async def test_an_open_service_says_so_everywhere(
+    log_path: Path, anyio_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "service.api.open_demo"):
+        async with running(log_path, authentication="open") as client:
+            for path in ("/episodes", "/episodes/none", "/nowhere", "/v2/health/live"):
+                answer = await client.http.get(path)
+                assert answer.headers["x-llm4ehr-mode"] == "open-demo"
+            summary = (await client.http.get("/operator/summary")).json()
+            assert summary["service"]["authentication"] == "open"
+    assert "OPEN" in caplog.text
+
+
+async def test_a_closed_service_does_not(log_path: Path, anyio_backend: str) -> None:
+    async with running(log_path) as client:
+        answer = await client.http.get("/operator/summary")
+        assert answer.json()["service"]["authentication"] == "required"
+        assert "x-llm4ehr-mode" not in answer.headers
+
+
+async def test_it_is_repeated(anyio_backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    task = asyncio.create_task(warn(every_s=0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    task.cancel()
+    assert len(caplog.records) > 2
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
