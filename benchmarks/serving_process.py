@@ -37,10 +37,16 @@ class Service:
     """`python -m service serve` on a free port, with a log in a temporary folder.
 
     `settings` are environment variables without their prefix. With `watch`, arguments of
-    `benchmarks.serving_watch`, that looks at the process, and `watched` is what it saw.
+    `benchmarks.serving_watch`, that looks at the process, and `watched` is what it saw. `run` is
+    the module with its arguments, if another one is to begin it.
     """
 
-    def __init__(self, watch: Sequence[str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        watch: Sequence[str] | None = None,
+        run: Sequence[str] = ("service", "serve"),
+        **settings: Any,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="llm4ehr-benchmark-")
         self.log_path = Path(self._folder.name) / "log.sqlite"
         with socket.socket() as s:
@@ -56,10 +62,9 @@ class Service:
             f"LLM4EHR_{name.upper()}": str(value) for name, value in own.items()
         }
         self._watch = self.log_path.with_name("watch.jsonl")
-        module = ["service"]
         if watch is not None:
-            module = ["benchmarks.serving_watch", str(self._watch), *watch]
-        self._command = [sys.executable, "-m", *module, "serve"]
+            run = ["benchmarks.serving_watch", str(self._watch), *watch, "serve"]
+        self._command = [sys.executable, "-m", *run]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Service:
