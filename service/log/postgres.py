@@ -21,7 +21,7 @@ import psycopg
 from service.entries import Draft, Entry
 from service.log.base import EventLog, LogUnavailable, Retired, SequenceConflict
 from service.log.migrate import RETIRED_STATE, WrongSchema, require_known
-from service.log.postgres_lanes import Connection, Lane, Lanes, is_lost
+from service.log.postgres_lanes import CHANNEL, Connection, Lane, Lanes, is_lost
 from service.log.rows import FIRST, Row, from_rows, number, require_chain, to_rows
 from service.trail.record import AuditRecord
 
@@ -34,7 +34,6 @@ START_S = 30.0
 """How long a server that does not answer yet is waited for at the start."""
 
 _TRY_AGAIN_S = 3.0
-_CHANNEL = "llm4ehr_log"
 
 _HEAD = "SELECT seq, hash FROM log WHERE episode_id = %s ORDER BY seq DESC LIMIT 1"
 # One statement for any number of rows, each column as an array.
@@ -47,7 +46,7 @@ _INSERT_AUDIT = """
 INSERT INTO audit SELECT * FROM unnest(
     %s::text[], %s::bigint[], %s::bigint[], %s::text[], %s::bytea[])
 """
-_NOTIFY = f"SELECT pg_notify('{_CHANNEL}', %s)"
+_NOTIFY = f"SELECT pg_notify('{CHANNEL}', %s)"
 _ENTRIES = """
 SELECT seq, kind, item_id, effective_at, available_at, recorded_at, target, payload
 FROM log WHERE episode_id = %s AND seq > %s ORDER BY seq
@@ -173,7 +172,7 @@ class PostgresLog(EventLog):
                 await asyncio.sleep(1)
                 continue
             try:
-                await db.execute(f"LISTEN {_CHANNEL}")
+                await db.execute(f"LISTEN {CHANNEL}")
                 yield None
                 async for notice in db.notifies():
                     writer, _, episode_id = notice.payload.partition(" ")

@@ -21,6 +21,9 @@ from service.log.rows import AuditChain
 
 Connection = psycopg.AsyncConnection[TupleRow]
 
+CHANNEL = "llm4ehr_log"
+"""Where replicas tell each other of episodes that changed: who tells, a space, the episode."""
+
 PATIENCE_S = 6.0
 """After so long with a connection it is cut, whatever it waits for."""
 

@@ -100,4 +100,5 @@ def _retire(
     )
     lines, audit = audit.to_rows([record])
     tables.insert("audit", lines)
+    tables.tell(episode_id)
     return seq, audit

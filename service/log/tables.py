@@ -14,7 +14,7 @@ from psycopg import sql as pg
 
 from service.log.base import LogCorrupt, LogUnavailable
 from service.log.migrate import require_known, revision_of_postgres
-from service.log.postgres_lanes import parameters
+from service.log.postgres_lanes import CHANNEL, parameters
 from service.log.rows import Row
 from service.log.sqlite_file import FileLock, open_reader, open_writer
 from service.settings import Settings
@@ -44,6 +44,10 @@ class Tables(ABC):
     @abstractmethod
     def insert(self, table: Table, rows: Iterable[Row]) -> None:
         """Raises LogUnavailable."""
+
+    @abstractmethod
+    def tell(self, episode_id: str) -> None:
+        """Have replicas that run look at an episode, once the transaction is through."""
 
     @abstractmethod
     def snapshot(self) -> AbstractContextManager[None]:
@@ -102,6 +106,9 @@ class SqliteTables(Tables):
             self._db.executemany(f"INSERT INTO {table} VALUES ({marks})", cast(Any, rows))
         except apsw.Error as error:
             raise LogUnavailable(f"the log: {error}") from error
+
+    def tell(self, episode_id: str) -> None:
+        """Nobody is there: who writes to a file is alone."""
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -166,6 +173,9 @@ class PostgresTables(Tables):
                     copy.write_row(row)
         except psycopg.Error as error:
             raise LogUnavailable(f"the log: {error}") from error
+
+    def tell(self, episode_id: str) -> None:
+        self.execute(f"SELECT pg_notify('{CHANNEL}', ?)", f"command {episode_id}")
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:

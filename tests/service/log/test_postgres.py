@@ -13,6 +13,7 @@ from service.log import LogUnavailable, PostgresLog, SequenceConflict, Unconfirm
 from service.log import postgres_lanes as lanes
 from service.log.migrate import SCHEMA, migrate_postgres
 from service.log.postgres_lanes import Lane
+from service.log.retention import retire, with_heads
 from service.log.tables import PostgresTables
 from service.log.verify import verify
 from tests.end_to_end.server import free_port
@@ -208,6 +209,30 @@ async def test_others_are_told_what_was_written(log: PostgresLog, postgres_url: 
         assert await anext(changes) == "d"
     await changes.aclose()
     await other.close()
+
+
+async def test_replicas_are_told_what_was_removed(log: PostgresLog, postgres_url: str) -> None:
+    await log.append("e", [ADMISSION], T0, 0)
+    changes = log.changes()
+    async with asyncio.timeout(60):
+        assert await anext(changes) is None
+        with PostgresTables(postgres_url) as tables:
+            assert list(retire(tables, with_heads(tables, ["e"]), "x")) == [1]
+        assert await anext(changes) == "e"
+    assert await log.entries("e") == []
+    await changes.aclose()
+
+
+async def test_what_was_written_to_meanwhile_is_not_removed(
+    log: PostgresLog, postgres_url: str
+) -> None:
+    for name in ("a", "b"):
+        await log.append(name, [ADMISSION], T0, 0)
+    with PostgresTables(postgres_url) as tables:
+        due = with_heads(tables, ["a", "b"])
+        await log.append("a", [note()], T0, 1)
+        assert list(retire(tables, due, "x")) == [0, 1]
+    assert await log.heads() == {"a": 2}
 
 
 async def test_what_is_acknowledged_is_on_disk_whatever_the_database_says(
