@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help install minilm serve test lint lock audit sbom format train-demo default-bundle clean
+.PHONY: help install minilm serve test fuzz lint lock audit sbom format train-demo default-bundle clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -60,6 +60,11 @@ serve: $(STAMP) ## start the service on 127.0.0.1:8000 and replay real stays int
 # One process of tests a core; a file of tests stays in one, for its fixtures.
 test: lint ## run the linters and every test
 	$(PY) -m pytest --numprocesses $(CORES) --dist loadfile $(PYTEST_ARGS)
+
+FUZZ ?= 30
+fuzz: $(STAMP) ## ask every parser and route what nobody should, FUZZ times as often as `make test`
+	LLM4EHR_TEST_FUZZ=$(FUZZ) $(PY) -m pytest --numprocesses $(CORES) --dist loadfile \
+	    --timeout 7200 tests/fuzz $(PYTEST_ARGS)
 
 lint: $(STAMP) ## run ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -9,9 +9,11 @@ from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import compile_path
 
 from service.access.authenticator import IssuerUnavailable, Unauthenticated
 from service.access.principal import Forbidden
@@ -178,6 +180,8 @@ def install(app: FastAPI, refused: Callable[[str], None]) -> None:
 
     async def handle(request: Request, error: Exception) -> Response:
         problem = as_problem(error)
+        if problem.name == "method-not-allowed":
+            problem.headers = {"Allow": ", ".join(_methods(request))}
         if PROBLEMS[problem.name][0] in KEEPS_LOAD_OFF:
             refused(problem.name)
         return problem.response(request.url.path)
@@ -209,6 +213,20 @@ def install(app: FastAPI, refused: Callable[[str], None]) -> None:
     ):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(ClientGone, nobody_reads)
+
+
+def _methods(request: Request) -> list[str]:
+    """What may be asked of a path, whichever of its routes was looked at first."""
+    path = request.url.path
+    routes = iter_route_contexts(request.app.routes)
+    return sorted(
+        {
+            method
+            for route in routes
+            if compile_path(str(route.path))[0].match(path)
+            for method in route.methods or ()
+        }
+    )
 
 
 def documented(*names: str) -> dict[int | str, dict[str, Any]]:

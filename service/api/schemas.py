@@ -16,6 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from llm4ehr.preprocessing import MAX_HOURS
 from service.ingest import ItemResult
 from service.times import TimeError, parse_time
 
@@ -55,8 +56,18 @@ AsOf = Annotated[
     int | datetime,
     BeforeValidator(_as_of),
     AfterValidator(_positive),
-    WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "format": "date-time"}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": 10**18 - 1},
+                {"type": "string", "format": "date-time"},
+            ]
+        }
+    ),
 ]
+Hour = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": MAX_HOURS - 1})]
+ItemId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
+ShortText = Annotated[str, Field(max_length=256)]
 MODEL_NAME = r"^[A-Za-z0-9._-]{1,64}$"
 MODEL_VERSION = r"^[1-9][0-9]{0,8}$"
 PIN = r"^([A-Za-z0-9._-]{1,64}/)?[1-9][0-9]{0,8}$"
@@ -100,7 +111,9 @@ class PutEpisode(Request):
 class PatchEpisode(Request):
     """Only the fields that are sent change. A static fact or a discharge is taken back by null."""
 
-    admitted_at: Timestamp | None = None
+    admitted_at: Annotated[
+        Timestamp | None, WithJsonSchema({"type": "string", "format": "date-time"})
+    ] = None
     discharged_at: Timestamp | None = None
     statics: StaticsIn = Field(default_factory=StaticsIn)
 
@@ -115,36 +128,36 @@ class PatchEpisode(Request):
 class ObservationIn(Request):
     """One measured value of one of the 11 variables. Either `variable` or `code` is required."""
 
-    id: str | None = None
-    variable: str | None = None
-    code: str | None = None
-    system: str | None = None
+    id: ItemId | None = None
+    variable: ShortText | None = None
+    code: ItemId | None = None
+    system: ItemId | None = None
     value: float
-    unit: str | None = None
+    unit: ShortText | None = None
     time: Timestamp
     available_at: Timestamp | None = None
-    corrects: str | None = None
+    corrects: ItemId | None = None
 
 
 class EventIn(Request):
     """One coded event: a laboratory result, a drug, a procedure."""
 
-    id: str | None = None
-    code: str
-    system: str | None = None
-    display: str | None = None
+    id: ItemId | None = None
+    code: ItemId
+    system: ItemId | None = None
+    display: ShortText | None = None
     value: float | None = None
-    unit: str | None = None
+    unit: ShortText | None = None
     time: Timestamp
     available_at: Timestamp | None = None
-    corrects: str | None = None
+    corrects: ItemId | None = None
 
 
 class WithdrawalIn(Request):
     """Takes an earlier item back."""
 
-    id: str | None = None
-    withdraws: str
+    id: ItemId | None = None
+    withdraws: ItemId
 
 
 class PostItems(Request):
@@ -175,9 +188,9 @@ class AsOfQuery(Query):
 
 
 class HoursQuery(AsOfQuery):
-    hour: int | None = Field(None, description="One hour since admission, 0 to 199")
-    from_: int | None = Field(None, alias="from", description="First hour of a range")
-    to: int | None = Field(None, description="Last hour of a range, included")
+    hour: Hour | None = Field(None, description="One hour since admission, 0 to 199")
+    from_: Hour | None = Field(None, alias="from", description="First hour of a range")
+    to: Hour | None = Field(None, description="Last hour of a range, included")
     model_version: Annotated[str, Field(pattern=PIN)] | None = Field(
         None,
         description="Answer by this loaded version of the active model, or by NAME/VERSION",

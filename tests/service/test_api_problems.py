@@ -216,6 +216,8 @@ async def test_other_paths(client: Client, path: str) -> None:
         ("GET", POST, "POST"),
         ("POST", "/episodes", "GET"),
         ("DELETE", "/episodes/e/risk", "GET"),
+        ("POST", "/episodes/e", "DELETE, GET, PATCH, PUT"),
+        ("GET", "/models/shadow", "DELETE, PUT"),
     ],
 )
 async def test_other_methods(client: Client, method: str, path: str, allowed: str) -> None:
