@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -12,15 +13,19 @@ from service.access.authenticator import Credentials, Unauthenticated
 from service.access.hosts import parse_address
 
 _MIN_SECRET = 16
+_MAX_SECRETS = 2
 
 
 class Gateways:
     """Believes those that come from a known network and know the secret."""
 
-    def __init__(self, networks: Sequence[IPv4Network | IPv6Network], secret: str | None) -> None:
+    def __init__(
+        self, networks: Sequence[IPv4Network | IPv6Network], secrets: Sequence[str]
+    ) -> None:
         """Without a secret no gateway is believed."""
         self._networks = tuple(networks)
-        self._digest = None if secret is None else _digest(secret)
+        # Where there is none, what is sent is compared all the same, with what nobody knows.
+        self._digests = tuple(map(_digest, secrets)) or (os.urandom(32),)
 
     def hears(self, credentials: Credentials) -> bool:
         """Whether a gateway that is believed sends this.
@@ -30,11 +35,10 @@ class Gateways:
         """
         if credentials.subject is None and credentials.gateway_secret is None:
             return False
-        # The secret is compared whoever sent it, and takes as long if there is none.
-        knows = hmac.compare_digest(
-            _digest(credentials.gateway_secret or ""), self._digest or _digest("")
-        )
-        if not (self._is_known(credentials.peer) and knows and self._digest is not None):
+        # Compared whoever sent it, with all of them: it takes as long for a wrong one.
+        ours = _digest(credentials.gateway_secret or "")
+        equal = [hmac.compare_digest(ours, one) for one in self._digests]
+        if not (self._is_known(credentials.peer) and any(equal)):
             raise Unauthenticated("no gateway that is known sends this")
         return True
 
@@ -50,12 +54,18 @@ def forwarded(credentials: Credentials) -> str:
     return credentials.peer if address is None else str(address)
 
 
-def read_secret(path: Path) -> str:
-    """The secret that a file holds. Raises OSError, ValueError."""
-    secret = path.read_text(encoding="ascii").strip()
-    if len(secret) < _MIN_SECRET or not secret.isprintable():
-        raise ValueError(f"{path}: a secret of a gateway has at least {_MIN_SECRET} characters")
-    return secret
+def read_secrets(path: Path) -> list[str]:
+    """The secrets that a file holds, one a line: two while one takes the place of the other.
+
+    Raises OSError, ValueError.
+    """
+    secrets = [line.strip() for line in path.read_text(encoding="ascii").splitlines() if line]
+    if not 1 <= len(secrets) <= _MAX_SECRETS or min(map(len, secrets)) < _MIN_SECRET:
+        raise ValueError(
+            f"{path}: it must hold one or two lines, each a secret of {_MIN_SECRET} or more "
+            "characters"
+        )
+    return secrets
 
 
 def _digest(secret: str) -> bytes:

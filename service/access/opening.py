@@ -10,7 +10,7 @@ from pathlib import Path
 
 from service.access.authenticator import Anyone, Authenticator, Credentials, Unauthenticated
 from service.access.clients import Client, Clients, ClientsFile
-from service.access.gateway import Gateways, forwarded, read_secret
+from service.access.gateway import Gateways, forwarded, read_secrets
 from service.access.hosts import is_loopback
 from service.access.jwks import IssuerKeys
 from service.access.keys import PREFIX, digest, new_key
@@ -104,7 +104,7 @@ def _tokens(settings: Settings) -> Tokens | None:
 
 def _gateways(settings: Settings) -> Gateways:
     path = settings.gateway_secret_file
-    return Gateways(settings.trusted_gateways, None if path is None else read_secret(path))
+    return Gateways(settings.trusted_gateways, () if path is None else read_secrets(path))
 
 
 def _local(settings: Settings) -> Authenticator:
@@ -118,7 +118,7 @@ def _local(settings: Settings) -> Authenticator:
     client = Client(id=LOCAL, scopes=frozenset(Scope), key_sha256=(digest(_own_key(path)),))
     _logger.warning("no clients are configured: who can read %s may do everything", path)
     clients = Clients((client,))
-    return Configured(lambda: clients, None, Gateways((), None))
+    return Configured(lambda: clients, None, Gateways((), ()))
 
 
 def _own_key(path: Path) -> str:

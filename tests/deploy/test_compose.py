@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from service.access.clients import Clients, read
-from service.access.gateway import read_secret
+from service.access.gateway import read_secrets
 from tests.deploy.gateway import TEMPLATE
 from tests.deploy.programs import DEPLOY, check_command, program, run
 from tests.end_to_end.server import ROOT
@@ -116,7 +116,7 @@ def test_the_secrets_are_what_their_readers_expect(secrets: Path) -> None:
     assert first.scopes == {"ingest", "read"}
     assert clients.of_key((secrets / "metrics-key").read_text()).scopes == {"metrics"}
     assert clients.of_certificate("CN=feed,O=LLM4EHR").scopes == {"ingest"}
-    secret = read_secret(secrets / "gateway-secret")
+    [secret] = read_secrets(secrets / "gateway-secret")
     assert (secrets / "gateway-secret.conf").read_text() == f'set $gateway_secret "{secret}";\n'
     for leaf in ("server.pem", "client-feed.pem"):
         run(program("openssl"), "verify", "-CAfile", secrets / "ca.pem", secrets / leaf)

@@ -94,7 +94,7 @@ def test_the_service_does_what_its_document_says(
     values = {"id": "client", "key_sha256": (digest(key),), **ROLES[role]}
     entries = [Client.model_validate(values, strict=False)] if role != "nobody" else []
     failures: list[str] = []
-    authenticator = Configured(lambda: Clients(entries), None, Gateways((), None))
+    authenticator = Configured(lambda: Clients(entries), None, Gateways((), ()))
     with served(tmp_path, authenticator) as url:
         schema = openapi.from_url(f"{url}/openapi.json", config=configured(3 * FACTOR, key))
         for event in from_schema(schema).execute():

@@ -117,7 +117,7 @@ CLIENTS = Clients(
 @pytest.fixture
 async def service(log_path: Path, anyio_backend: str) -> AsyncIterator[Asking]:
     """With a stay of a medical unit, asked by nobody so far."""
-    authenticator = Configured(lambda: CLIENTS, None, Gateways((), None))
+    authenticator = Configured(lambda: CLIENTS, None, Gateways((), ()))
     async with running(log_path, authenticator=authenticator, model_control=True) as client:
         written = await client.http.post(
             "/episodes/icu-1/observations", json=ITEMS, headers=bearer("all")

@@ -9,7 +9,7 @@ import pytest
 
 from service.access.authenticator import Credentials, Unauthenticated
 from service.access.clients import Clients, parse
-from service.access.gateway import Gateways, read_secret
+from service.access.gateway import Gateways, read_secrets
 from service.access.keys import digest, new_key
 from service.access.opening import Configured
 
@@ -30,8 +30,8 @@ clients:
 NETWORKS = [ip_network("10.1.0.0/16"), ip_network("fd00::/8")]
 
 
-def authenticator(secret: str | None = SECRET) -> Configured:
-    return Configured(lambda: CLIENTS, None, Gateways(NETWORKS, secret))
+def authenticator(*secrets: str) -> Configured:
+    return Configured(lambda: CLIENTS, None, Gateways(NETWORKS, secrets or (SECRET,)))
 
 
 def sent(
@@ -88,7 +88,7 @@ async def test_who_passes_for_a_gateway_is_refused_whatever_else_it_has(
 
 @pytest.mark.parametrize("secret", [None, "", SECRET])
 async def test_without_gateways_nothing_of_them_is_believed(secret: str | None) -> None:
-    alone = Configured(lambda: CLIENTS, None, Gateways((), None))
+    alone = Configured(lambda: CLIENTS, None, Gateways((), ()))
     with pytest.raises(Unauthenticated, match="gateway"):
         await alone.recognise(sent(peer="127.0.0.1", secret=secret, subject=SUBJECT))
 
@@ -136,23 +136,33 @@ def test_the_secret_is_compared_whoever_sends_it(monkeypatch: pytest.MonkeyPatch
     )
     for credentials in (sent(), sent(secret="x", peer="192.0.2.1"), sent(secret=None, subject="")):
         try:
-            Gateways(NETWORKS, SECRET).hears(credentials)
+            Gateways(NETWORKS, (SECRET,)).hears(credentials)
         except Unauthenticated:
             continue
     assert [len(a) for a, _ in compared] == [32] * 3
     assert len({b for _, b in compared}) == 1
 
 
+async def test_two_secrets_are_good_while_one_takes_the_place_of_the_other() -> None:
+    both = authenticator("the secret of before", SECRET)
+    for secret in ("the secret of before", SECRET):
+        assert (await both.recognise(sent(secret=secret, subject=SUBJECT))).id == "feed"
+    with pytest.raises(Unauthenticated):
+        await both.recognise(sent(secret="the secret of never", subject=SUBJECT))
+
+
 def test_the_file_of_the_secret(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text(f"{SECRET}\n")
-    assert read_secret(path) == SECRET
-    for bad in ("", "short\n", "a" * 15, "two\nlines of a secret"):
+    assert read_secrets(path) == [SECRET]
+    path.write_text(f"{SECRET}\r\n\n{SECRET} 2")
+    assert read_secrets(path) == [SECRET, f"{SECRET} 2"]
+    for bad in ("", "short\n", "a" * 15, " " * 20, f"{SECRET}\nshort", f"{SECRET}\n" * 3):
         path.write_text(bad)
-        with pytest.raises(ValueError, match="at least 16"):
-            read_secret(path)
+        with pytest.raises(ValueError, match="16 or more"):
+            read_secrets(path)
     path.write_bytes(b"\xff" * 20)
     with pytest.raises(ValueError, match="ascii"):
-        read_secret(path)
+        read_secrets(path)
     with pytest.raises(FileNotFoundError):
-        read_secret(tmp_path / "nowhere")
+        read_secrets(tmp_path / "nowhere")

@@ -30,7 +30,7 @@ CLIENTS = Clients(
         )
     )
 )
-AUTHENTICATOR = Configured(lambda: CLIENTS, None, Gateways((), None))
+AUTHENTICATOR = Configured(lambda: CLIENTS, None, Gateways((), ()))
 
 
 def bearer(name: str) -> dict[str, str]:
