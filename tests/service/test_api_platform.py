@@ -126,7 +126,7 @@ async def test_metric_names_have_units_and_no_colons(client: Client) -> None:
     names = re.findall(r"^# TYPE (\S+) (?:histogram|counter|gauge)$", text, re.MULTILINE)
     assert len(names) >= 5
     for name in names:
-        unit = "seconds|hours|ratio|total|created|info|waiting"
+        unit = "seconds|hours|ratio|total|created|info|waiting|available"
         assert re.fullmatch(f"llm4ehr_[a-z_]+_({unit})", name), name
 
 

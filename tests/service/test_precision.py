@@ -45,6 +45,7 @@ def settings_of(repository: Path, **changes: object) -> Settings:
         log_path=repository / "log.sqlite",
         engine_rows=8,
         kv_memory_mib=1,
+        authentication="open",
         **changes,
     )
 

@@ -138,6 +138,8 @@ async def serving(repository: Path, log_path: Path, **settings: Any) -> AsyncIte
         "torch_threads": 1,
         "model_control": True,
         "audit_interval_seconds": None,
+        "authentication": "open",
+        "requests_per_second_per_client": None,
     }
     app = build_app(Settings(**(chosen | settings)))
     transport = httpx.ASGITransport(app=app)
