@@ -17,8 +17,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401 - a life needs it
-import transformers.models.gpt2.modeling_gpt2  # noqa: F401 - as does the tiny network
+# What a life would import as it goes.
+import alembic.command  # noqa: F401
+import torch  # noqa: F401
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+import uvicorn.lifespan.on
+import uvicorn.protocols.http.auto
+import uvicorn.protocols.websockets.auto  # noqa: F401
 
 from service.runtime import build_app
 from service.server import Server
@@ -47,7 +52,7 @@ def small(repository: Path) -> dict[str, Any]:
 def nursery() -> ForkServerContext:
     """Where lives are forked; its process starts with the first of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, f"{__package__}.nursery"])
     return context
 
 

@@ -20,9 +20,9 @@ from tests.torture.work import Client, Ledger
 
 N_CLIENTS = 4
 
-# Seconds. A start takes about half a second of a processor.
-_WHILE_STARTING, _WHILE_SERVING, _WHILE_STOPPING = 0.5, 0.3, 0.2
-_BETWEEN_RESTARTS = (3.0, 10.0)
+# Seconds. A start takes about a sixth of a second of a processor.
+_WHILE_STARTING, _WHILE_SERVING, _WHILE_STOPPING = 0.5, 0.6, 0.2
+_BETWEEN_RESTARTS = (4.0, 12.0)
 
 
 class Slot:
