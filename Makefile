@@ -25,6 +25,9 @@ endif
 
 # Where training looks for data; DATA=... on the command line wins.
 DATA ?= $(or $(LLM4EHR_DATA),data)
+# Of `make torture`.
+KILLS ?= 10000
+SEED ?= 6
 # Without these, glibc hands every large tensor back to the kernel and gets it again, which costs
 # training on the CPU half of its speed.
 train-demo default-bundle: export MALLOC_MMAP_THRESHOLD_ = 4294967296
@@ -65,6 +68,10 @@ FUZZ ?= 30
 fuzz: $(STAMP) ## ask every parser and route what nobody should, FUZZ times as often as `make test`
 	LLM4EHR_TEST_FUZZ=$(FUZZ) $(PY) -m pytest --numprocesses $(CORES) --dist loadfile \
 	    --timeout 7200 tests/fuzz $(PYTEST_ARGS)
+
+torture: $(STAMP) ## kill replicas KILLS times under load, SEED chooses how (needs PostgreSQL)
+	LLM4EHR_TEST_KILLS=$(KILLS) LLM4EHR_TEST_SEED=$(SEED) LLM4EHR_TEST_PAUSE_SECONDS=60 \
+	    $(PY) -m pytest -n 0 -s tests/torture tests/replicas
 
 lint: $(STAMP) ## run ruff, mypy and import-linter
 	$(BIN)/ruff check .
