@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -131,14 +130,19 @@ def _only_json_and_spans(written: str) -> None:
     assert any(json.loads(line)["logger"] == "uvicorn.error" for line in lines)
 
 
-@pytest.mark.parametrize("server", ["json"], indirect=True)
-def test_an_abort_tells_nothing_either(server: Server, tmp_path: Path) -> None:
-    """A second signal while a request is under way."""
+def test_as_json_every_line_is_an_object(repository: Path, tmp_path: Path) -> None:
+    """Those of libraries and of the server too, from the start to the end."""
     admitted = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=2)
-    with server:
+    with Server(repository, tmp_path, log_format="json") as server:
         ask(server, good(admitted))
-        server.tell(signal.SIGABRT)  # writes where each thread is, if anything
-        server.wait()
-    for file in tmp_path.rglob("*"):
-        if file.is_file() and not file.name.startswith("log.sqlite"):
-            assert not found_in(file.read_bytes().decode("latin-1")), file
+        send_no_http(server)
+        assert server.terminate() == 0
+        lines = [json.loads(line) for line in server.output.splitlines()]
+    assert {"uvicorn.error", "service.requests", "service.api.open_demo"} <= {
+        line["logger"] for line in lines
+    }
+    [id_] = {
+        line["trace_id"] for line in lines if line["logger"] == "service.requests"
+        and "trace_id" in line
+    }  # fmt: skip
+    assert id_ == "a" * 32
