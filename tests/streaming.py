@@ -13,12 +13,21 @@ import httpx
 from llm4ehr.bundle import Bundle
 from llm4ehr.episode import Episode
 from service.access.authenticator import Anyone
+from service.access.principal import Principal, Scope, Visit
 from service.api import Dependencies, create_app
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.log import SqliteLog
 from service.replay import admission, hourly_bodies
 from service.settings import Settings
 from tests.online import engine_of, model_of
+
+VISIT = Visit(
+    principal=Principal(id="anyone", method="open", scopes=frozenset(Scope)),
+    operation="test",
+    request_id="test",
+    address="127.0.0.1",
+)
+"""Of somebody who may see everything."""
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ from service.core import EpisodeView
 from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.log import SqliteLog
 from tests.online import tiny_bundle
-from tests.streaming import service_of, sorted_items, stream
+from tests.streaming import VISIT, service_of, sorted_items, stream
 from training.config import PreprocessingOptions, SourceConfig
 from training.data.prepare import prepare
 from training.dataset import fit_preprocessing
@@ -67,7 +67,7 @@ def views(
         log = SqliteLog(tmp_path_factory.mktemp("log") / "log.sqlite")
         async with service_of(bundle, backend, log) as (http, service):
             await stream(http, stays, {code: info.unit for code, info in store.codes.items()})
-            return {name: await service.view(name) for name in stays}
+            return {name: await service.view(VISIT, name) for name in stays}
 
     return asyncio.run(run())
 

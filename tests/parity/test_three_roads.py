@@ -25,7 +25,7 @@ from service.engine.backends.torch_cpu import TorchCpuBackend
 from service.log import SqliteLog
 from service.replay import DEMO_STORE
 from tests.online import save_tiny
-from tests.streaming import service_of, sorted_items, stream
+from tests.streaming import VISIT, service_of, sorted_items, stream
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 NAMES = {
@@ -91,7 +91,7 @@ async def _stream(bundle: Bundle, stays: dict[str, Episode], path: Path) -> Stre
         units = {code: info.unit for code, info in EpisodeStore.open(DEMO_STORE).codes.items()}
         await stream(http, stays, units)
         return Streamed(
-            views={name: await service.view(name) for name in stays},
+            views={name: await service.view(VISIT, name) for name in stays},
             roads={name: await _read(http, name, stay.n_hours) for name, stay in stays.items()},
         )
 
