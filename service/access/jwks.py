@@ -33,6 +33,7 @@ COOL_DOWN_S = 10.0
 """The issuer is asked no more often, whatever tokens come."""
 
 _TIMEOUT_S = 5.0
+_PATIENCE_S = 10.0
 _MAX_BYTES = 256 * 1024
 _MAX_KEYS = 100
 _MIN_RSA_BITS = 2048
@@ -86,7 +87,8 @@ class IssuerKeys:
     async def _ask_again(self) -> None:
         self._begin()
         if self._asking is not None:
-            await asyncio.shield(self._asking)
+            # Nobody waits for ever, and who leaves does not end it for the others.
+            await asyncio.wait([self._asking], timeout=_PATIENCE_S)
 
     def _begin(self) -> None:
         """Ask the issuer, unless it is being asked or was a moment ago."""
@@ -177,10 +179,11 @@ def _body(response: HTTPResponse, until: float) -> bytes:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """HTTP and HTTPS alone, by the proxy of the environment; redirects are errors."""
+    """HTTP and HTTPS alone; redirects are errors. Plain HTTP stays on this machine: no proxy."""
     opener = urllib.request.OpenerDirector()
+    proxies = {name: at for name, at in urllib.request.getproxies().items() if name == "https"}
     for handler in (
-        urllib.request.ProxyHandler(),
+        urllib.request.ProxyHandler(proxies),
         urllib.request.HTTPHandler(),
         urllib.request.HTTPSHandler(),
         urllib.request.HTTPErrorProcessor(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -80,12 +81,16 @@ async def _recognise(request: Request, context: Context) -> tuple[Principal, str
         forwarded_for=",".join(request.headers.getlist("x-forwarded-for")) or None,
     )
     address = context.authenticator.address(credentials)
-    context.limits.may_try(address)
+    sent = (credentials.authorization, credentials.subject, credentials.gateway_secret)
+    name = hashlib.sha256(repr(sent).encode()).digest()
+    context.limits.may_try(address, name)
     try:
-        return await context.authenticator.recognise(credentials), address
+        principal = await context.authenticator.recognise(credentials)
     except Unauthenticated:
-        context.limits.failed(address)
+        context.limits.failed(address, name)
         raise
+    context.limits.succeeded(name)
+    return principal, address
 
 
 def _only(request: Request, name: str) -> str | None:

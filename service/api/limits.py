@@ -92,18 +92,33 @@ class Limits:
         if per_second is not None:
             self._requests = Buckets(per_second, per_second * BURST_S, clock)
             self._failures = Buckets(FAILURES_PER_S, FAILURES_AT_ONCE, clock)
+        self._right: OrderedDict[bytes, None] = OrderedDict()
         self._most = in_flight
         self._in_flight: dict[str, int] = {}
 
-    def may_try(self, address: str) -> None:
-        """Raises Problem where too many wrong credentials came from lately."""
-        if self._failures is not None and (wait := self._failures.wait_s(_network(address))) > 0:
+    def may_try(self, address: str, credentials: bytes) -> None:
+        """Raises Problem where too many wrong credentials came from lately.
+
+        Credentials that were right before are looked at all the same: a neighbour whose key has
+        expired must not shut out whoever shares his address.
+        """
+        if self._failures is None or credentials in self._right:
+            return
+        if (wait := self._failures.wait_s(_network(address))) > 0:
             raise _refusal("too many credentials from this address were wrong", wait)
 
-    def failed(self, address: str) -> None:
-        """Wrong credentials came from there."""
+    def failed(self, address: str, credentials: bytes) -> None:
+        """These credentials, a digest of them, were wrong."""
+        self._right.pop(credentials, None)
         if self._failures is not None:
             self._failures.take(_network(address))
+
+    def succeeded(self, credentials: bytes) -> None:
+        """These credentials, a digest of them, were right."""
+        self._right[credentials] = None
+        self._right.move_to_end(credentials)
+        if len(self._right) > _MAX_KNOWN:
+            self._right.popitem(last=False)
 
     def count(self, principal: Principal, address: str) -> None:
         """One more request of a client. Raises Problem if it has too many a second."""

@@ -76,12 +76,12 @@ def test_names_are_bounded_and_apart() -> None:
 def test_an_ipv6_network_is_one_address() -> None:
     limits = Limits(10, None, Now())
     for i in range(int(FAILURES_AT_ONCE)):
-        limits.may_try(f"2001:db8:0:1::{i:x}")
-        limits.failed(f"2001:db8:0:1::{i:x}")
+        limits.may_try(f"2001:db8:0:1::{i:x}", b"guess")
+        limits.failed(f"2001:db8:0:1::{i:x}", b"guess")
     with pytest.raises(Problem, match="too-many-requests"):
-        limits.may_try("2001:db8:0:1:ffff::1")
-    limits.may_try("2001:db8:0:2::1")
-    limits.may_try("192.0.2.1")
+        limits.may_try("2001:db8:0:1:ffff::1", b"guess")
+    limits.may_try("2001:db8:0:2::1", b"guess")
+    limits.may_try("192.0.2.1", b"guess")
 
 
 def test_clients_are_told_apart_by_name_and_open_ones_by_address() -> None:
@@ -148,10 +148,33 @@ async def test_guessing_is_slow(log_path: Path, anyio_backend: str) -> None:
             for i in range(int(FAILURES_AT_ONCE) + 5)
         ]  # fmt: skip
         assert statuses == [401] * int(FAILURES_AT_ONCE) + [429] * 5
-        # Also the right key, or guesses would be told apart all the same.
+        # Also a right key that is new, or guesses would be told apart all the same.
         assert (await client.http.get("/episodes", headers=bearer("a"))).status_code == 429
         now.seconds += 1
         assert (await client.http.get("/episodes", headers=bearer("a"))).status_code == 200
+
+
+async def test_a_neighbour_with_a_wrong_key_shuts_nobody_out(
+    log_path: Path, anyio_backend: str
+) -> None:
+    async with running(log_path, authenticator=AUTHENTICATOR) as client:
+        client.app.state.context.limits.__init__(1000, None, Now())
+        assert (await client.http.get("/episodes", headers=bearer("a"))).status_code == 200
+        for _ in range(int(FAILURES_AT_ONCE)):
+            assert (await client.http.get("/episodes")).status_code == 401
+        assert (await client.http.get("/episodes")).status_code == 429
+        assert (await client.http.get("/episodes", headers=bearer("a"))).status_code == 200
+
+
+def test_what_was_right_is_forgotten_once_it_is_wrong() -> None:
+    limits = Limits(10, None, Now())
+    limits.succeeded(b"key")
+    for _ in range(int(FAILURES_AT_ONCE)):
+        limits.failed("192.0.2.1", b"guess")
+    limits.may_try("192.0.2.1", b"key")
+    limits.failed("192.0.2.1", b"key")
+    with pytest.raises(Problem, match="too-many-requests"):
+        limits.may_try("192.0.2.1", b"key")
 
 
 async def test_a_place_is_held_by_client_and_given_back(log_path: Path, anyio_backend: str) -> None:
