@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, get_args
 
+from pydantic import TypeAdapter
 from pydantic_core import from_json
 
-from service.entries import Draft, Entry, Kind, to_json, to_us
+from service.entries import Draft, Entry, Kind, from_us, to_json, to_us
 from service.log.base import LogCorrupt
 from service.trail.record import AuditRecord
 
@@ -25,6 +26,7 @@ FIRST = bytes(32)
 """What stands for the hash before the first row of a chain."""
 
 _KINDS = frozenset(get_args(Kind))
+_RECORDS = TypeAdapter(AuditRecord)
 
 
 def number(
@@ -139,6 +141,9 @@ def from_audit_row(row: Sequence[Any]) -> AuditRecord:
     _, _, at_us, text, _ = row
     try:
         told = from_json(text)
-        return AuditRecord(at_us=at_us, **told | {"episodes": tuple(told["episodes"])})
-    except (KeyError, TypeError, ValueError):
+        from_us(at_us)  # is within the calendar
+        return _RECORDS.validate_python(
+            told | {"at_us": at_us, "episodes": tuple(told["episodes"])}
+        )
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise LogCorrupt("a line of the audit trail cannot be read") from None
