@@ -50,7 +50,7 @@ class Gateways:
 def forwarded(credentials: Credentials) -> str:
     """The client's address as a gateway tells it: what it added last; else the gateway's own."""
     last = (credentials.forwarded_for or "").rpartition(",")[2].strip()
-    address = parse_address(last)
+    address = None if "%" in last else parse_address(last)  # a zone may be any text
     return credentials.peer if address is None else str(address)
 
 

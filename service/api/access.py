@@ -20,6 +20,9 @@ VISIT = "llm4ehr.visit"
 
 REQUEST_ID = "llm4ehr.request_id"
 
+ADDRESS = "llm4ehr.address"
+"""Where in the scope it stands from where the request came, as far as that is believed."""
+
 
 class Requires:
     """A dependency: the client is recognised, within its limits, and has one of the scopes.
@@ -80,7 +83,7 @@ async def _recognise(request: Request, context: Context) -> tuple[Principal, str
         peer=request.client.host if request.client is not None else "",
         forwarded_for=",".join(request.headers.getlist("x-forwarded-for")) or None,
     )
-    address = context.authenticator.address(credentials)
+    address = request.scope[ADDRESS] = context.authenticator.address(credentials)
     sent = (credentials.authorization, credentials.subject, credentials.gateway_secret)
     name = hashlib.sha256(repr(sent).encode()).digest()
     context.limits.may_try(address, name)

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs
 from service.access.principal import Visit
-from service.api.access import REQUEST_ID, VISIT
+from service.api.access import ADDRESS, REQUEST_ID, VISIT
 from service.api.metrics import Metrics
 from service.tracing import labels_of
 
@@ -83,7 +83,7 @@ class Envelope:
         line = "%(method)s %(route)s %(status)d %(ms).2f ms %(principal)s"
         if status == 401:
             self._metrics.unauthenticated.inc()
-            told["address"] = scope["client"][0] if scope.get("client") else "-"
+            told["address"] = scope.get(ADDRESS) or (scope.get("client") or "-")[0]
             line += " from %(address)s"
         _logger.info(line, told, extra=told)
 

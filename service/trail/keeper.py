@@ -131,7 +131,6 @@ class Trail:
             except LogUnavailable:
                 if self._stopping:
                     return
-                self._wake.clear()
                 await self._pause()
                 continue
             except Exception as error:

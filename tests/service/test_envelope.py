@@ -28,7 +28,7 @@ class Nobody:
     """Recognises no client."""
 
     def address(self, credentials: Credentials) -> str:
-        return credentials.peer
+        return "10.1.2.3"  # as a gateway tells it
 
     async def recognise(self, credentials: Credentials) -> Principal:
         raise Unauthenticated("nobody is known here")
@@ -137,4 +137,4 @@ async def test_who_is_not_recognised_is_counted_and_named_by_address(
         registry = client.app.state.context.metrics.registry
         assert registry.get_sample_value("llm4ehr_unauthenticated_total") == 1
     [line] = [r.getMessage() for r in caplog.records if r.name == "service.requests"]
-    assert re.fullmatch(r"GET /episodes/\{episode_id\}/risk 401 \S+ ms - from 127\.0\.0\.1", line)
+    assert re.fullmatch(r"GET /episodes/\{episode_id\}/risk 401 \S+ ms - from 10\.1\.2\.3", line)

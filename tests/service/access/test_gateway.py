@@ -118,6 +118,7 @@ async def test_a_gateway_without_a_certificate_needs_a_key() -> None:
         ("192.0.2.9, nonsense", "10.1.2.3"),
         ("2001:DB8::1", "2001:db8::1"),
         ("::ffff:192.0.2.9", "192.0.2.9"),
+        ("fe80::1%patient-0815", "10.1.2.3"),
         ("", "10.1.2.3"),
         (None, "10.1.2.3"),
     ],
