@@ -179,6 +179,7 @@ class PostgresLog(EventLog):
                     if writer != self._writer:
                         yield episode_id
             except psycopg.Error:
+                yield None  # at once as well: who follows is to know that it does not hear
                 await asyncio.sleep(1)
             finally:
                 await db.close()
