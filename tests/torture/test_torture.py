@@ -43,7 +43,8 @@ _COUNTED = (
     "log-slow", "log-unavailable",
 )  # fmt: skip
 
-pytestmark = pytest.mark.slow
+# Many kills take as long as they take.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0 if _KILLS in os.environ else 900)]
 
 
 @pytest.fixture(scope="module")
