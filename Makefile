@@ -68,6 +68,8 @@ FUZZ ?= 30
 fuzz: $(STAMP) ## ask every parser and route what nobody should, FUZZ times as often as `make test`
 	LLM4EHR_TEST_FUZZ=$(FUZZ) $(PY) -m pytest --numprocesses $(CORES) --dist loadfile \
 	    --timeout 7200 tests/fuzz $(PYTEST_ARGS)
+	$(PY) -m tests.fuzz.guided --property items
+	$(PY) -m tests.fuzz.guided --property rows
 
 torture: $(STAMP) ## kill replicas KILLS times under load, SEED chooses how (needs PostgreSQL)
 	LLM4EHR_TEST_KILLS=$(KILLS) LLM4EHR_TEST_SEED=$(SEED) LLM4EHR_TEST_PAUSE_SECONDS=60 \
@@ -84,7 +86,7 @@ lock: $(STAMP) ## write the locked requirements of the images anew (needs the pa
 
 audit: $(STAMP) ## look the locked packages up in the database of vulnerabilities (needs a network)
 	for file in service onnx gpu torch; do \
-	    $(BIN)/pip-audit --require-hashes --disable-pip --requirement deploy/requirements/$$file.txt; \
+	    $(BIN)/pip-audit --strict --require-hashes --disable-pip --requirement deploy/requirements/$$file.txt; \
 	done
 
 sbom: $(STAMP) ## write the bill of materials of the image, build/sbom.cdx.json
