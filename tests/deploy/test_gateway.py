@@ -78,6 +78,8 @@ def test_what_is_posted_is_readable_and_says_who_asked(stack: Stack, feed: httpx
     assert posted.headers["X-Request-ID"] == "ward-17.b"
     read = feed.get("/episodes/icu-1/risk", params={"min_seq": posted.json()["seq"]})
     assert read.status_code == 200
+    # One id in the log of the gateway, in that of the service and in the answer.
+    until(lambda: read.headers["X-Request-ID"] in stack.gateway.access_log)
     assert read.json()["hours"][-1]["mortality"] is not None
     assert feed.get(
         "/episodes/icu-1/risk", headers={"If-None-Match": read.headers["ETag"]}
