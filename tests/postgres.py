@@ -23,7 +23,7 @@ from tests.end_to_end.server import free_port
 _VERSIONS = Path("/usr/lib/postgresql")
 # What runs it when the tests run as root, which PostgreSQL refuses.
 _USER = "postgres"
-_TEMPLATE = "migrated"
+_TEMPLATE = f"migrated_{uuid.uuid4().hex}"  # several processes may share a server
 
 
 class Cluster:
@@ -38,7 +38,7 @@ class Cluster:
             user = pwd.getpwnam(_USER)
             os.chown(folder, user.pw_uid, user.pw_gid)
         self._run("initdb", "-D", self._data, "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                  "--locale=C.UTF-8", "--no-sync")  # fmt: skip
+                  "--no-locale", "--no-sync")  # fmt: skip
         self.start()
 
     @property
@@ -108,15 +108,14 @@ def postgres() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(request: pytest.FixtureRequest) -> str:
+def postgres_server(request: pytest.FixtureRequest) -> Iterator[str]:
     """URL of a PostgreSQL server, without a database; it has a template of a migrated one."""
     named = os.environ.get("LLM4EHR_TEST_POSTGRES")
-    server = named or request.getfixturevalue("postgres").server
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as db:
-        db.execute(f"DROP DATABASE IF EXISTS {_TEMPLATE}")
-        db.execute(f"CREATE DATABASE {_TEMPLATE} ENCODING 'UTF8' TEMPLATE template0")
+    server = str(named or request.getfixturevalue("postgres").server)
+    _execute(server, f"CREATE DATABASE {_TEMPLATE} ENCODING 'UTF8' TEMPLATE template0")
     migrate_postgres(f"{server}/{_TEMPLATE}")
-    return str(server)
+    yield server
+    _execute(server, f"DROP DATABASE {_TEMPLATE}")
 
 
 @pytest.fixture
@@ -134,8 +133,11 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
 def new_database(server: str, template: str = _TEMPLATE) -> Iterator[str]:
     """URL of a database that is dropped in the end, by default with the schema of the log."""
     name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as db:
-        db.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    _execute(server, f"CREATE DATABASE {name} TEMPLATE {template}")
     yield f"{server}/{name}"
+    _execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _execute(server: str, statement: str) -> None:
     with psycopg.connect(f"{server}/postgres", autocommit=True) as db:
-        db.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        db.execute(statement)
