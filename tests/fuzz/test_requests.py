@@ -9,9 +9,13 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from tests.fuzz.hostile import long_texts, marked
-from tests.fuzz.house import Asked, asked, examples, tried
+from service.tracing_otel import OtelTracing
+from tests.fuzz.hostile import damaged, long_texts, marked
+from tests.fuzz.house import MARK, Asked, asked, examples, tried
 from tests.service.fakes import hr, stamp, three_hours
 
 PATHS = [
@@ -81,6 +85,33 @@ def test_headers(service: Asked) -> None:
         service.request("GET", path, headers=raw)
 
     check()
+
+
+_trace_parents = st.one_of(
+    damaged(b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").map(
+        lambda data: data.decode("latin-1")
+    ),
+    _header_values,
+)
+
+
+def test_trace_parents(tmp_path: Path) -> None:
+    """With tracing on, where the header is read."""
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    with asked(tmp_path, tracing=OtelTracing(provider)) as service:
+
+        @examples(200)
+        @given(st.lists(_trace_parents, max_size=2))
+        def check(values: list[str]) -> None:
+            tried("trace parents")
+            raw = [(b"traceparent", value.encode("latin-1")) for value in values]
+            assert service.request("GET", "/episodes", headers=raw).status_code == 200
+            assert MARK not in str([span.to_json() for span in spans.get_finished_spans()])
+            spans.clear()
+
+        check()
 
 
 _ids = st.text(max_size=140) | st.sampled_from(["e", "E", "..", "%2e%2e", "e%2Frisk", "e\n", "-"])
