@@ -134,7 +134,7 @@ def fetch(issuer: str, url: str | None) -> dict[str, Key]:
 
 def _key(jwk: Any) -> tuple[str, Key] | None:
     """The key and its name; None if it is none that we use."""
-    if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig" or "d" in jwk:
+    if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig":
         return None
     kid, algorithm = jwk.get("kid"), jwk.get("alg")
     if not isinstance(kid, str) or not isinstance(algorithm, str | None):
@@ -145,7 +145,7 @@ def _key(jwk: Any) -> tuple[str, Key] | None:
         public = jwt.PyJWK.from_dict(jwk).key
     except (jwt.PyJWTError, ValueError, TypeError, KeyError):
         return None
-    if not isinstance(public, _Public):
+    if not isinstance(public, _Public):  # a private one would be known to others by now
         return None
     if isinstance(public, RSAPublicKey) and public.key_size < _MIN_RSA_BITS:
         return None

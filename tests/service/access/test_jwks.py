@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from jwt.algorithms import ECAlgorithm
 
 from service.access import jwks
 from service.access.authenticator import IssuerUnavailable
 from service.access.jwks import COOL_DOWN_S, MAX_AGE_S, REFRESH_S, IssuerKeys, fetch
-from tests.service.access.issuer import Issuer, Now, jwk, serving
+from tests.service.access.issuer import Issuer, Now, jwk, private_key, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -194,6 +195,7 @@ def test_answers_without_keys(issuer: Issuer, body: Any) -> None:
 
 def test_only_public_keys_for_signatures_are_taken(issuer: Issuer) -> None:
     good = jwk("one")
+    private = ECAlgorithm.to_jwk(private_key("ec-1"), as_dict=True) | {"kid": "private"}
     answer(
         issuer,
         "/keys",
@@ -201,7 +203,7 @@ def test_only_public_keys_for_signatures_are_taken(issuer: Issuer) -> None:
             "keys": [
                 {"kid": "shared", "kty": "oct", "k": "c2VjcmV0"},
                 jwk("one") | {"kid": "to-encrypt", "use": "enc"},
-                jwk("one") | {"kid": "private", "d": good["n"]},
+                private,
                 jwk("one") | {"kid": "broken", "n": "!"},
                 jwk("one") | {"kid": "odd", "alg": 7},
                 jwk("one") | {"kid": 7},

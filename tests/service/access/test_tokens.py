@@ -128,7 +128,7 @@ async def test_an_audience_may_be_one_of_several(issuer: Issuer) -> None:
     "head",
     [{"kid": None}, {"kid": "unknown"}, {"kid": 7}, {"kid": ["one"]}, {"typ": "logout+jwt"},
      {"typ": 7}, {"crit": ["exp"]}, {"crit": []}, {"alg": None}, {"alg": ["RS256"]}, {"alg": ""},
-     {"b64": False}, {"b64": False, "crit": ["b64"]}],
+     {"b64": False}, {"b64": False, "crit": ["b64"]}, {"b64": True, "crit": ["b64"]}],
 )  # fmt: skip
 async def test_heads_that_are_wrong(issuer: Issuer, head: dict[str, Any]) -> None:
     """Signed as they stand, so that it is the head alone that is wrong."""
