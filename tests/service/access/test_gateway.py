@@ -59,7 +59,7 @@ async def test_a_certificate_is_known_by_what_the_gateway_tells() -> None:
         await authenticator().recognise(sent(subject="CN=nobody"))
 
 
-@pytest.mark.parametrize("authorization", [None, f"Bearer {KEY}"])
+@pytest.mark.parametrize("authorization", [None, f"Bearer {KEY}"], ids=["alone", "with a key"])
 @pytest.mark.parametrize(
     "spoofed",
     [
