@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.conftest import repository as repository
+from tests.torture.conftest import crashable as crashable
 from tests.torture.conftest import lives as lives
 from tests.torture.life import small
 

@@ -60,7 +60,7 @@ class Two:
             going = True
             self._clients += N_CLIENTS  # each has ids of its own
             numbers = range(self._clients - N_CLIENTS, self._clients)
-            clients = [Client(i, 0, urls, self.ledger) for i in numbers]
+            clients = [Client(i, 0, lambda: urls, self.ledger) for i in numbers]
             async with asyncio.TaskGroup() as group:
                 for client in clients:
                     group.create_task(
@@ -90,15 +90,15 @@ class Two:
 
 @pytest.fixture
 def two(
-    postgres: Cluster,
+    crashable: Cluster,
     postgres_url: str,
     lives: ForkServerContext,
     settings: dict[str, Any],
     tmp_path: Path,
 ) -> Iterator[Two]:
     with ExitStack() as stack:
-        proxy = stack.enter_context(Proxy(postgres.port))
-        disturbed = postgres_url.replace(f":{postgres.port}/", f":{proxy.port}/")
+        proxy = stack.enter_context(Proxy(crashable.port))
+        disturbed = postgres_url.replace(f":{crashable.port}/", f":{proxy.port}/")
         slots = [
             Slot(lives, tmp_path, settings | {"log_url": url}) for url in (postgres_url, disturbed)
         ]
@@ -149,13 +149,13 @@ def test_a_replica_that_was_paused_answers_with_the_newest(two: Two) -> None:
     two.wait_for_equal_lists()
 
 
-def test_postgres_crashes_under_load(two: Two, postgres: Cluster, replica: Replica) -> None:
+def test_postgres_crashes_under_load(two: Two, crashable: Cluster, replica: Replica) -> None:
     def crash() -> None:
         for _ in range(2):
             time.sleep(0.5)
-            postgres.stop("immediate")
+            crashable.stop("immediate")
             time.sleep(0.2)
-            postgres.start()
+            crashable.start()
 
     two.load(200, crash)
     two.judge(replica)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.end_to_end.conftest import repository as repository
 from tests.end_to_end.server import ROOT
+from tests.postgres import Cluster
 from tests.torture.life import nursery
 
 
@@ -22,3 +23,11 @@ def lives() -> Iterator[ForkServerContext]:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), path])))
         patch.setenv("OPENBLAS_NUM_THREADS", "1")
         yield nursery()
+
+
+@pytest.fixture
+def crashable(postgres: Cluster, postgres_server: str) -> Cluster:
+    """A PostgreSQL of our own, in which databases can be made, to be stopped and disturbed."""
+    if postgres.server != postgres_server:
+        pytest.skip("a PostgreSQL was named by LLM4EHR_TEST_POSTGRES: it is not to be crashed")
+    return postgres

@@ -153,8 +153,7 @@ def settings(repository: Path) -> dict[str, Any]:
 
 
 def test_replicas_on_postgres(
-    postgres_server: str,
-    postgres: Cluster,
+    crashable: Cluster,
     lives: ForkServerContext,
     settings: dict[str, Any],
     replica: Replica,
@@ -163,7 +162,7 @@ def test_replicas_on_postgres(
     bar: Progress | None,
 ) -> None:
     rounds = Rounds("PostgreSQL", lives, settings, replica)
-    rounds.cluster, rounds.n_replicas = postgres, N_REPLICAS
+    rounds.cluster, rounds.n_replicas = crashable, N_REPLICAS
     results.append(rounds.run(KILLS - ON_SQLITE, tmp_path, bar))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from random import Random
@@ -123,7 +123,10 @@ def requests(client: int, random: Random, ledger: Ledger) -> Iterator[Request]:
 class Client:
     """Works through its requests until it is told to stop; the last one is finished."""
 
-    def __init__(self, number: int, seed: int, urls: list[str], ledger: Ledger) -> None:
+    def __init__(
+        self, number: int, seed: int, urls: Callable[[], Sequence[str]], ledger: Ledger
+    ) -> None:
+        """`urls` gives the replicas to choose from."""
         self._random = Random(f"{seed} {number}")
         self._requests = requests(number, Random(f"{seed} {number} requests"), ledger)
         self._urls = urls
@@ -134,14 +137,14 @@ class Client:
             for request in self._requests:
                 while not await self._send(http, request):
                     self._ledger.counts["sent again"] += 1
-                    await asyncio.sleep(self._random.uniform(0.005, 0.1))
+                    await asyncio.sleep(self._random.uniform(0.005, 0.05))
                 if not go_on():
                     return
 
     async def _send(self, http: httpx.AsyncClient, request: Request) -> bool:
         """True once it is acknowledged."""
         self._ledger.counts["requests"] += 1
-        url = f"{self._random.choice(self._urls)}/episodes/{request.episode}"
+        url = f"{self._random.choice(self._urls())}/episodes/{request.episode}"
         try:
             match request.kind:
                 case "post" | "again":
