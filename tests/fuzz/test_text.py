@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 
 from llm4ehr.variables import VARIABLES, CodeError, UnitError, convert, resolve_code, resolve_name
+from service.access.principal import Principal, Scope
 from service.api.hours import _matches
 from service.api.listing import page
 from service.api.problems import Problem
@@ -28,6 +29,7 @@ from tests.fuzz.hostile import damaged, long_texts, marked
 from tests.fuzz.house import MARK, attempt, examples, tried
 from tests.service.fakes import at
 
+ANYONE = Principal(id="anyone", method="open", scopes=frozenset(Scope))
 ANY = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), marked, long_texts)
 _STAMP = b"2026-03-01T08:00:00.123456+01:30"
 _times = st.one_of(
@@ -125,7 +127,7 @@ def test_cursors(cursor: str, sort: Any) -> None:
     tried("cursors")
     settings = Settings(log_path="unused")
     query = ListQuery.model_construct(sort=sort, cursor=cursor, limit=50)
-    found = attempt(Problem, lambda: page([], query, now=at(1), settings=settings))
+    found = attempt(Problem, lambda: page([], query, ANYONE, now=at(1), settings=settings))
     if isinstance(found, Problem):
         assert found.name == "invalid-request"
         assert MARK not in (found.detail or "")
