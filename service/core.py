@@ -230,12 +230,8 @@ class Engine(Protocol):
         """Drop whatever is held for an episode."""
         ...
 
-    def ready(self) -> bool:
-        """Whether scores can be asked for now."""
-        ...
-
     def alive(self) -> bool:
-        """False once only a restart can help."""
+        """Whether it was started and works, whatever its load. False for good once it has died."""
         ...
 
     def idle(self) -> bool:

@@ -61,13 +61,16 @@ async def live(context: ContextDep) -> Response:
     responses=_NOT_READY,
 )
 async def ready(context: ContextDep) -> Response:
-    """The model is loaded, the log can be written, and the service is not about to stop."""
+    """The log can be written, the engine runs, and the service is not about to stop.
+
+    Independent of load, too: who takes a full replica away moves its load to the others.
+    """
     if context.lifecycle.draining:
         return _error(503, "draining")
     if not context.log.available():
         return _error(503, "the log is unavailable")
-    if not context.engine.ready():
-        return _error(503, "the model is not ready")
+    if not context.engine.alive():
+        return _error(503, "the engine has died")
     if context.service.live.catch_up.ended:
         return _error(503, "stays are not scored any more")
     return JSONResponse({"ready": True})
@@ -136,6 +139,6 @@ async def model_ready(
     serving = _serving(context, model, version)
     if serving is None:
         return _error(404, "no such model or version")
-    if serving.version.condition == "rebuilding" or not serving.model.engine.ready():
+    if serving.version.condition == "rebuilding" or not serving.model.engine.alive():
         return _error(503, "the model is not ready")
     return JSONResponse({"name": model, "ready": True})

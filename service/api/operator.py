@@ -117,7 +117,7 @@ async def summary(context: ContextDep, visit: Operate) -> SummaryOut:
         service=ServiceOut(
             version=__version__,
             uptime_seconds=context.lifecycle.uptime_s,
-            ready=available and context.engine.ready() and not live.catch_up.ended and not draining,
+            ready=available and context.engine.alive() and not live.catch_up.ended and not draining,
             draining=draining,
             scoring_enabled=context.settings.scoring_enabled,
             authentication=context.settings.authentication,

@@ -128,10 +128,6 @@ class OnlineEngine:
             self._inbox.put(None)
             self._thread.join()
 
-    def ready(self) -> bool:
-        """Whether requests are taken."""
-        return self.alive() and self._pending < self._max_pending
-
     def alive(self) -> bool:
         """Whether the engine thread runs."""
         return self._thread.is_alive() and self._failure is None

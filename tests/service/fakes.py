@@ -135,7 +135,6 @@ class FakeEngine:
         self.fault: Exception | None = None
         self.secret = "failed on the value 4711 of patient 0815"
         self.dead = False
-        self.is_ready = True
         self.is_alive = True
         self.submitted: list[tuple[str, int, int]] = []
         self.past: list[tuple[str, int, int]] = []
@@ -170,9 +169,6 @@ class FakeEngine:
 
     def forget(self, episode_id: str) -> None:
         self.forgotten.append(episode_id)
-
-    def ready(self) -> bool:
-        return self.is_ready
 
     def alive(self) -> bool:
         return self.is_alive

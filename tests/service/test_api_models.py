@@ -171,7 +171,7 @@ async def test_the_protocol_of_platforms_lists_versions_and_their_readiness(hous
     assert second["parameters"]["digest"] == "2l" * 32
     path = "/v2/models/llm4ehr/versions/2/ready"
     assert (await house.http.get(path)).status_code == 200
-    engine.is_ready = False
+    engine.is_alive = False
     assert (await house.http.get(path)).status_code == 503
     assert (await house.http.get("/v2/models/llm4ehr/ready")).status_code == 200
     assert (await house.http.get("/v2/models/other")).status_code == 404

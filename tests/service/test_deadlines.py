@@ -259,6 +259,15 @@ async def test_an_overloaded_engine_is_counted(client: Client) -> None:
     assert await refusals(client) == {"overloaded": 1}
 
 
+async def test_load_is_no_reason_to_take_a_replica_away(client: Client) -> None:
+    """Whoever took it away would move its load to the others, which would follow."""
+    client.engine.full = True
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/llm4ehr/ready"):
+        assert (await client.http.get(path)).status_code == 200
+    summary = (await client.http.get("/operator/summary")).json()
+    assert summary["service"]["ready"] is True
+
+
 async def test_a_service_that_drains_says_so(client: Client) -> None:
     await client.post(admitted_at=stamp(0), observations=[hr()])
     ready = await client.http.get("/v2/health/ready")

@@ -65,7 +65,6 @@ async def test_a_fault_concerns_its_own_stay(
         for stay, scores in zip(sound, await asyncio.gather(*futures), strict=True):
             assert_same_bits(scores, replica(stay))
         assert engine.alive()
-        assert engine.ready()
         with pytest.raises(ModelFault):
             await engine.submit_as_of(view_of(tall(make_episode)))
         # The slots that held the fault serve others, and the stay itself once it is mended.
@@ -82,7 +81,7 @@ async def test_nan_weights_fail_every_stay_and_stop_nothing(
         for _ in range(2):
             with pytest.raises(ModelFault):
                 await engine.submit(view_of(tall(make_episode)))
-        assert engine.ready()
+        assert engine.alive()
 
 
 @pytest.mark.parametrize("task", ["mortality", "phenotyping"])
@@ -122,7 +121,6 @@ async def test_a_dead_engine_answers_everyone_and_says_so(
             )
         assert [type(outcome) for outcome in outcomes] == [EngineStopped] * 7
         assert not engine.alive()
-        assert not engine.ready()
         for submit in (engine.submit, engine.submit_as_of):
             with pytest.raises(EngineStopped):
                 submit(view_of(tall(make_episode)))
@@ -152,7 +150,7 @@ async def test_an_engine_that_was_not_started_takes_nothing(
     bundle: Bundle, make_episode: Stay
 ) -> None:
     engine = engine_of(bundle)
-    assert (engine.alive(), engine.ready()) == (False, False)
+    assert not engine.alive()
     with pytest.raises(EngineStopped):
         engine.submit(view_of(tall(make_episode)))
     engine.close()

@@ -78,7 +78,7 @@ async def test_it_goes_on_with_fewer_slots_and_the_same_bits(
             for stay, got in zip(stays, scores, strict=True):
                 assert_same_bits(got, replica(stay))
         status = engine.status()
-        assert engine.ready()
+        assert engine.alive()
     assert backend.n_slots == 2
     assert (status.slots_used, status.slots_free, status.slots_lost) == (2, 0, 2)
     assert {slot for tick in backend.ticks[-3:] for slot, _ in tick} <= {0, 1}
@@ -116,7 +116,7 @@ async def test_without_memory_for_a_single_slot_it_refuses_and_lives_on(
         assert backend.n_slots == 1
         with pytest.raises(Overloaded):
             await engine.submit_as_of(view_of(stay))
-        assert engine.ready()
+        assert engine.alive()
         scarce = False
         assert_same_bits(await engine.submit(view_of(stay)), replica(stay))
 

@@ -53,7 +53,7 @@ async def test_a_stay_that_cannot_be_read_fails_alone(
         with pytest.raises(ModelFault):
             await bad
         assert_same_bits(await good, Replica(bundle)(sound))
-        assert engine.ready()
+        assert engine.alive()
     assert registry.get_sample_value("llm4ehr_engine_model_faults_total", {"model": ""}) == 1
     assert broken.episode_id not in caplog.text
 

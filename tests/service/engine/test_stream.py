@@ -152,4 +152,4 @@ async def test_a_token_that_is_not_finite_fails_its_own_stay(
         with pytest.raises(ModelFault):
             await bad
         assert_same_bits(await good, expected)
-        assert engine.ready()
+        assert engine.alive()
