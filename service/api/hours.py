@@ -19,7 +19,15 @@ from service.api.deps import Context
 from service.api.problems import Problem, documented
 from service.api.schemas import HoursQuery
 from service.api.waiting import bounded, log_retry_after_s, preferred_wait
-from service.core import BundleInfo, EpisodeView, HourStatus, Overloaded, Scores, hour_status
+from service.core import (
+    BundleInfo,
+    EpisodeView,
+    HourStatus,
+    Overloaded,
+    Scores,
+    hour_status,
+    to_us,
+)
 from service.times import format_time
 from service.timing import measured
 
@@ -129,7 +137,7 @@ async def answer(
                         view, plan.n_hours, exact=query.as_of is not None, live=serving.live
                     )
             scores = scored.scores
-            if scored.view.seq != view.seq:
+            if scored.view is not view:
                 # Written to meanwhile: answer from the newer entries, if their scores reach.
                 plan = _plan(context, bundle, scored.view, selection, query.as_of, resource)
                 headers["ETag"] = plan.etag
@@ -198,7 +206,7 @@ def _plan(
         view=view,
         hours=hours,
         n_hours=max((h.hour + 1 for h in hours if h.withheld is None), default=0),
-        etag=_etag(bundle, view.seq, resource, as_of, hours),
+        etag=_etag(bundle, view, resource, as_of, hours),
     )
 
 
@@ -211,13 +219,15 @@ def _instant(context: Context, view: EpisodeView, as_of: int | datetime | None) 
 
 def _etag(
     bundle: BundleInfo,
-    seq: int,
+    view: EpisodeView,
     resource: str,
     as_of: int | datetime | None,
     hours: tuple[HourPlan, ...],
 ) -> str:
     """Equal tags mean equal bodies: besides log and model it covers what the clock decides."""
     selected = [
+        # After a restore the numbers are given again, to other entries.
+        to_us(view.recorded_at),
         bundle.digest,
         asdict(bundle.numerics),
         resource,
@@ -225,7 +235,7 @@ def _etag(
         [[h.hour, h.status, h.withheld] for h in hours],
     ]
     rest = hashlib.sha256(json.dumps(selected).encode()).hexdigest()
-    return f'"{seq}.{bundle.digest[:8]}.{bundle.preprocessing_digest[:8]}.{rest[:12]}"'
+    return f'"{view.seq}.{bundle.digest[:8]}.{bundle.preprocessing_digest[:8]}.{rest[:12]}"'
 
 
 def _matches(if_none_match: str | None, etag: str) -> bool:

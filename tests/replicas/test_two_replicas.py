@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,24 @@ async def test_a_log_that_went_back_is_not_overlaid_by_memory(tmp_path: Path) ->
         assert one == other
         assert one["e"]["seq"] == one["e"]["scored_seq"] == 4
         await replicas.agree("e")
+
+
+async def test_a_tag_of_entries_that_are_gone_is_not_that_of_others(tmp_path: Path) -> None:
+    """After a restore the numbers are given again: to entries that bring other answers."""
+    async with pair(tmp_path) as replicas:
+        a = replicas.a
+        await a.post(admitted_at=stamp(0), observations=[hr(80, 1)])
+        before = await a.risk()
+        del replicas.store.entries["e"][1:]
+        a.clock.now += timedelta(seconds=1)
+        await a.post(observations=[hr(200, 1)])
+        tag = {"If-None-Match": before.headers["etag"]}
+        after = await a.http.get("/episodes/e/risk", headers=tag)
+        assert after.status_code == 200
+        assert after.json()["seq"] == before.json()["seq"]
+        assert after.json()["hours"] != before.json()["hours"]
+        tag = {"If-None-Match": after.headers["etag"]}
+        assert (await a.http.get("/episodes/e/risk", headers=tag)).status_code == 304
 
 
 async def test_a_damaged_stay_leaves_the_others_served(tmp_path: Path) -> None:
