@@ -66,7 +66,7 @@ class Configured:
         if self._tokens is None:
             raise Unauthenticated("the key is not known")
         token = await self._tokens.verify(secret)
-        return self._clients().of_token(token.names, token.scopes)
+        return self._clients().of_token(token)
 
 
 def open_authenticator(settings: Settings) -> Authenticator:
@@ -77,7 +77,7 @@ def open_authenticator(settings: Settings) -> Authenticator:
         return _local(settings)
     clients: Callable[[], Clients]
     if settings.clients_file is None:
-        nobody = Clients(())
+        nobody = Clients((), any_token=True)
         clients = lambda: nobody  # noqa: E731
     else:
         clients = ClientsFile(settings.clients_file)
@@ -123,6 +123,7 @@ def _local(settings: Settings) -> Authenticator:
 
 def _own_key(path: Path) -> str:
     """The key of an earlier start, or a new one. Raises OSError, ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, _NEW, _PRIVATE)
     except FileExistsError:

@@ -51,6 +51,12 @@ async def test_without_clients_there_is_one_with_a_key_of_its_own(settings: Sett
     assert (await again.recognise(sent(f"Bearer {key}"))).id == "local"
 
 
+def test_the_folder_of_the_log_is_made_for_the_key(tmp_path: Path) -> None:
+    settings = Settings(log_path=tmp_path / "new" / "folder" / "log.sqlite")
+    open_authenticator(settings)
+    assert generated_key_path(settings).exists()
+
+
 def test_only_the_path_of_the_key_is_told(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
