@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Self
@@ -26,7 +27,8 @@ from pydantic import (
 from llm4ehr.preprocessing import UnitType
 from service.access.authenticator import Unauthenticated
 from service.access.keys import client_of, is_one_of
-from service.access.principal import Principal, Scope
+from service.access.principal import Principal, Scope, with_implied
+from service.access.tokens import Token
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class Client(BaseModel):
     certificate_subject: Annotated[str, Field(min_length=1)] | None = None
     """RFC 2253, character by character as the gateway tells it."""
     token_subject: Annotated[str, Field(min_length=1)] | None = None
-    """`client_id`, `azp` or `sub` of bearer tokens that this entry narrows."""
+    """`client_id`, `azp` or `sub` of the bearer tokens that this entry lets in."""
     expires: AwareDatetime | None = None
 
     @model_validator(mode="after")
@@ -66,17 +68,14 @@ class Client(BaseModel):
             raise ValueError("it has neither key nor certificate nor token")
         return self
 
-    def principal(self, method: str, scopes: Iterable[Scope] | None = None) -> Principal:
-        """The client, as it was recognised; with `scopes` those of them that it has.
-
-        Raises Unauthenticated if it has expired.
-        """
+    def principal(self, method: str) -> Principal:
+        """The client, as it was recognised. Raises Unauthenticated if it has expired."""
         if self.expires is not None and self.expires <= datetime.now(UTC):
             raise Unauthenticated("the client has expired")
         return Principal(
             id=self.id,
             method=method,
-            scopes=self.scopes if scopes is None else self.scopes.intersection(scopes),
+            scopes=with_implied(self.scopes),
             units=self.units,
             episodes=self.episodes,
         )
@@ -91,9 +90,13 @@ class _File(BaseModel):
 class Clients:
     """The clients of one reading of the file, by what they are known by."""
 
-    def __init__(self, clients: Iterable[Client]) -> None:
-        """Raises ValueError if two share an id, a certificate or the subject of tokens."""
+    def __init__(self, clients: Iterable[Client], *, any_token: bool = False) -> None:
+        """With `any_token` a token that no entry is about is taken as it is.
+
+        Raises ValueError if two share an id, a certificate or the subject of tokens.
+        """
         self.entries = tuple(clients)
+        self._any_token = any_token
         self._by_id = _index("id", [(c.id, c) for c in self.entries])
         self._by_certificate = _index(
             "certificate_subject", [(c.certificate_subject, c) for c in self.entries]
@@ -114,18 +117,23 @@ class Clients:
             raise Unauthenticated("the certificate is not known")
         return client.principal("certificate")
 
-    def of_token(self, names: Iterable[str], scopes: frozenset[Scope]) -> Principal:
-        """Who holds a token that goes by these names, the first of which is its own.
+    def of_token(self, token: Token) -> Principal:
+        """Who holds a token: an application, a person behind one, or both.
 
-        Raises Unauthenticated, also if more than one entry is about it.
+        An entry takes the place of the name that it is about. Raises Unauthenticated, also if more
+        than one entry is about the token, or if none is and one must be.
         """
-        names = list(dict.fromkeys(names))
-        found = [self._by_token[name] for name in names if name in self._by_token]
+        names = dict.fromkeys(token.names)
+        found = {name: self._by_token[name] for name in names if name in self._by_token}
         if len(found) > 1:
             raise Unauthenticated("the token belongs to more than one client")
-        if found:
-            return found[0].principal("bearer", scopes)
-        return Principal(id=names[0], method="bearer", scopes=scopes)
+        if not found and not self._any_token:
+            raise Unauthenticated("the token is of no client that is known")
+        id_ = token.who({name: client.id for name, client in found.items()})
+        if not found:
+            return Principal(id=id_, method="bearer", scopes=token.scopes)
+        client = next(iter(found.values())).principal("bearer")
+        return replace(client, id=id_, scopes=client.scopes & token.scopes)
 
 
 class ClientsFile:

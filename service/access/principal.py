@@ -11,18 +11,28 @@ from llm4ehr.preprocessing import Statics, UnitType
 
 
 class Scope(StrEnum):
-    """What a client may be allowed; one says nothing of another."""
+    """What a client may be allowed; but for `ingest`, one says nothing of another."""
 
     INGEST = "ingest"
-    """Create, change and delete stays, and record what is measured."""
+    """Create and change stays, and record what is measured. As a name of ours it implies `delete`,
+    which what SMART calls creating and updating does not.
+    """
+    DELETE = "delete"
+    """Delete stays."""
     READ = "read"
     """Read stays, scores and embeddings."""
     JOBS = "jobs"
-    """Run jobs over whole cohorts."""
+    """Run jobs over whole cohorts. No route requires it so far."""
     ADMIN = "admin"
     """Load, switch and unload versions of models."""
     METRICS = "metrics"
     """Read metrics and the operator's summary."""
+
+
+def with_implied(scopes: Iterable[Scope]) -> frozenset[Scope]:
+    """Scopes that are granted by our own names, and those they imply."""
+    scopes = frozenset(scopes)
+    return scopes | {Scope.DELETE} if Scope.INGEST in scopes else scopes
 
 
 class Forbidden(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,28 @@ _INVALID = "the token is not valid"
 class Token:
     """What a valid token says."""
 
-    names: tuple[str, ...]
-    """What its holder goes by: `client_id`, `azp`, `sub`, as far as it has them."""
+    applications: tuple[str, ...]
+    """`client_id` and `azp`, as far as it has them."""
+    subject: str | None
+    """`sub`: the application again, or a person who uses it."""
     scopes: frozenset[Scope]
     expires: float
     """Seconds since 1970."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that its holder goes by."""
+        return self.applications if self.subject is None else (*self.applications, self.subject)
+
+    def who(self, own: Mapping[str, str]) -> str:
+        """Its holder, for the audit trail: `application`, `person` or `application/person`.
+
+        `own` has names of ours for some of its names.
+        """
+        application = sorted(self.applications, key=lambda name: name not in own)[:1]
+        person = [] if self.subject in (None, *self.applications) else [self.subject]
+        names = filter(None, application + person)
+        return "/".join(own.get(name) or _without_slash(name) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +115,12 @@ class Tokens:
                 leeway=self._leeway_s,
                 options={"require": _REQUIRED},
             )
+            *applications, subject = _names(claims)
             return Token(
-                names=_names(claims), scopes=scopes_of(claims), expires=float(claims["exp"])
+                applications=tuple(filter(None, applications)),
+                subject=subject,
+                scopes=scopes_of(claims),
+                expires=float(claims["exp"]),
             )
         except jwt.ExpiredSignatureError:
             raise Unauthenticated("the token has expired") from None
@@ -125,10 +147,17 @@ class Tokens:
         return algorithm, kid
 
 
-def _names(claims: dict[str, Any]) -> tuple[str, ...]:
-    names = [claims[name] for name in ("client_id", "azp", "sub") if claims.get(name)]
-    if not names or not all(
-        isinstance(n, str) and len(n) <= _MAX_NAME and n.isprintable() for n in names
+def _without_slash(name: str) -> str:
+    """So that nobody's own name reads as an application and a person."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def _names(claims: dict[str, Any]) -> list[str | None]:
+    """`client_id`, `azp` and `sub`. Raises ValueError."""
+    names = [claims.get(name) or None for name in ("client_id", "azp", "sub")]
+    given = [name for name in names if name is not None]
+    if not given or not all(
+        isinstance(n, str) and len(n) <= _MAX_NAME and n.isprintable() for n in given
     ):
         raise ValueError("it names nobody that can be written down")
-    return tuple(names)
+    return names

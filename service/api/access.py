@@ -61,6 +61,7 @@ class Requires:
 
 
 Ingest = Annotated[Visit, Depends(Requires(Scope.INGEST))]
+Delete = Annotated[Visit, Depends(Requires(Scope.DELETE))]
 Read = Annotated[Visit, Depends(Requires(Scope.READ))]
 Admin = Annotated[Visit, Depends(Requires(Scope.ADMIN))]
 ReadOrAdmin = Annotated[Visit, Depends(Requires(Scope.READ, Scope.ADMIN))]

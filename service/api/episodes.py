@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from llm4ehr.episode import Statics
 from service.api import examples, problems
-from service.api.access import Ingest, Read
+from service.api.access import Delete, Ingest, Read
 from service.api.body import read_json, validate
 from service.api.deps import ContextDep, EpisodeId
 from service.api.hours import model_provenance, time_or_none
@@ -201,7 +201,7 @@ async def patch_episode(
         "log-corrupt",
     ),
 )
-async def delete_episode(context: ContextDep, visit: Ingest, episode_id: EpisodeId) -> Response:
+async def delete_episode(context: ContextDep, visit: Delete, episode_id: EpisodeId) -> Response:
     """The stay no longer answers and its id stays taken. What was recorded remains in the log, and
     `as_of` a time before the deletion still shows what was known then.
     """

@@ -14,15 +14,16 @@ from service.access.clients import Client, Clients
 from service.access.gateway import Gateways
 from service.access.keys import digest, new_key
 from service.access.opening import Configured
-from service.access.principal import Scope
+from service.access.principal import Scope, with_implied
 from service.api.access import required_of
 from tests.service.fakes import Client as Asking
 from tests.service.fakes import hr, running, stamp
 
 pytestmark = pytest.mark.anyio
 
-INGEST, READ, ADMIN, METRICS = (
+INGEST, DELETE, READ, ADMIN, METRICS = (
     frozenset({Scope.INGEST}),
+    frozenset({Scope.DELETE}),
     frozenset({Scope.READ}),
     frozenset({Scope.ADMIN}),
     frozenset({Scope.METRICS}),
@@ -44,7 +45,7 @@ class Row:
     body: Any = None
 
     def is_for(self, scopes: frozenset[Scope]) -> bool:
-        return not self.needs or bool(self.needs & scopes)
+        return not self.needs or bool(self.needs & with_implied(scopes))
 
 
 ITEMS = {"admitted_at": stamp(0), "statics": {"unit_type": "medical"}, "observations": [hr(80)]}
@@ -77,7 +78,7 @@ TABLE: dict[tuple[str, str], Row] = {
     ("GET", _STAY): Row(needs=READ),
     ("GET", f"{_STAY}/risk"): Row(needs=READ),
     ("GET", f"{_STAY}/embeddings"): Row(needs=READ),
-    ("DELETE", _STAY): Row(needs=INGEST, status=204),
+    ("DELETE", _STAY): Row(needs=DELETE, status=204),
 }
 
 # Whom the stay "icu-1", which is in a medical unit, is closed to, and how they are answered.
@@ -118,7 +119,8 @@ CLIENTS = Clients(
 async def service(log_path: Path, anyio_backend: str) -> AsyncIterator[Asking]:
     """With a stay of a medical unit, asked by nobody so far."""
     authenticator = Configured(lambda: CLIENTS, None, Gateways((), ()))
-    async with running(log_path, authenticator=authenticator, model_control=True) as client:
+    settings = {"model_control": True, "requests_per_second_per_client": None}
+    async with running(log_path, authenticator=authenticator, **settings) as client:
         written = await client.http.post(
             "/episodes/icu-1/observations", json=ITEMS, headers=bearer("all")
         )
@@ -199,7 +201,6 @@ def test_every_route_declares_what_the_table_says(service: Asking) -> None:
     ],
 )
 async def test_who_is_not_recognised(service: Asking, headers: dict[str, str]) -> None:
-    service.app.state.context.limits.__init__(None, None)
     expected = {route: 401 if row.needs else row.status for route, row in TABLE.items()}
     assert await mismatches(service, headers, expected) == {}
 

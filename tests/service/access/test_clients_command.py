@@ -49,7 +49,7 @@ def test_a_key_is_made_rotated_and_removed(path: Path, shell: Shell) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert first not in path.read_text()
     principal = Clients(read(path)).of_key(first)
-    assert principal.scopes == {Scope.INGEST, Scope.READ}
+    assert principal.scopes == {Scope.INGEST, Scope.DELETE, Scope.READ}
     assert principal.units == {"medical", "surgical"}
     assert principal.episodes == ("icu-*", "b?")
 

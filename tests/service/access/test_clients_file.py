@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from service.access.authenticator import Unauthenticated
 from service.access.clients import Clients, ClientsFile, parse, read
 from service.access.keys import client_of, digest, is_one_of, new_key
 from service.access.principal import Scope
+from service.access.tokens import Token
 from tests.service.access.issuer import Now
 
 KEY = new_key("feed")
@@ -32,6 +34,12 @@ def text(*entries: dict[str, Any]) -> str:
 
 def clients(*entries: dict[str, Any]) -> Clients:
     return Clients(parse(text(*entries)))
+
+
+def token(client: str, person: str | None = None, scopes: Iterable[Scope] = Scope) -> Token:
+    return Token(
+        applications=(client,), subject=person, scopes=frozenset(scopes), expires=float("inf")
+    )
 
 
 def test_keys_are_random_and_say_whose_they_are() -> None:
@@ -52,7 +60,9 @@ def test_a_key_is_of_its_client_alone() -> None:
         entry(id="other", scopes=["read", "admin"], key_sha256=[digest(other), digest("x")]),
     )
     feed = known.of_key(KEY)
-    assert (feed.id, feed.method, feed.scopes) == ("feed", "api-key", {Scope.INGEST})
+    # What a name of ours implies is there too.
+    assert (feed.id, feed.method) == ("feed", "api-key")
+    assert feed.scopes == {Scope.INGEST, Scope.DELETE}
     assert (feed.units, feed.episodes) == ({"medical"}, ("a-*", "b-?"))
     assert known.of_key(other).scopes == {Scope.READ, Scope.ADMIN}
     wrong = (KEY[:-1], KEY + "0", KEY.upper(), KEY.replace("feed", "other"), "llm4ehr_", "", "é")
@@ -81,13 +91,23 @@ def test_tokens_are_narrowed_and_never_widened() -> None:
               units=["medical"]),
         entry(id="b", key_sha256=[], token_subject="user"),
     )  # fmt: skip
-    stranger = known.of_token(["other"], frozenset({Scope.ADMIN}))
-    assert (stranger.id, stranger.scopes, stranger.units) == ("other", {Scope.ADMIN}, None)
-    narrowed = known.of_token(["feed", "feed"], frozenset({Scope.READ, Scope.ADMIN}))
+    narrowed = known.of_token(token("feed", "feed", scopes={Scope.READ, Scope.ADMIN}))
     assert (narrowed.id, narrowed.scopes, narrowed.units) == ("a", {Scope.READ}, {"medical"})
-    assert known.of_token(["app", "user"], frozenset(Scope)).id == "b"
+    # What an entry implies no token has that lacks it.
+    assert known.of_token(token("feed", scopes={Scope.INGEST})).scopes == {Scope.INGEST}
+    assert known.of_token(token("app", "user")).id == "app/b"
+    assert known.of_token(token("feed", "person")).id == "a/person"
     with pytest.raises(Unauthenticated, match="more than one"):
-        known.of_token(["feed", "user"], frozenset(Scope))
+        known.of_token(token("feed", "user"))
+
+
+def test_a_token_of_whom_no_entry_knows_is_refused() -> None:
+    """An entry that is taken out, or lost, must not widen what its token may do."""
+    for known in (clients(), clients(entry(token_subject="feed"))):
+        with pytest.raises(Unauthenticated, match="no client that is known"):
+            known.of_token(token("other", "s"))
+    stranger = Clients((), any_token=True).of_token(token("other", scopes={Scope.ADMIN}))
+    assert (stranger.id, stranger.scopes, stranger.units) == ("other", {Scope.ADMIN}, None)
 
 
 @pytest.mark.parametrize(("expires", "valid"), [("2020-01-01T00:00:00Z", False),
@@ -97,7 +117,7 @@ def test_a_client_may_expire(expires: str, valid: bool) -> None:
     for ask in (
         lambda: known.of_key(KEY),
         lambda: known.of_certificate("CN=f"),
-        lambda: known.of_token(["t"], frozenset(Scope)),
+        lambda: known.of_token(token("t")),
     ):
         if valid:
             ask()

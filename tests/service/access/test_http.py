@@ -31,7 +31,8 @@ def issuer() -> Iterator[Issuer]:
 def settings(tmp_path: Path, issuer: Issuer) -> dict[str, Any]:
     (tmp_path / "secret").write_text(SECRET)
     (tmp_path / "clients.yaml").write_text(
-        "clients: [{id: pump, scopes: [read], certificate_subject: 'CN=pump'}]"
+        "clients:\n- {id: pump, scopes: [read], certificate_subject: 'CN=pump'}\n"
+        "- {id: ours, scopes: [ingest, read, metrics], token_subject: feed}\n"
     )
     return {
         "oidc_issuer": issuer.url,
@@ -61,6 +62,13 @@ async def test_a_token_opens_what_its_scopes_say(
         assert await status("/operator/summary", read) == 403
         assert await status("/episodes", issuer.token(scope="openid profile")) == 403
         assert await status("/episodes", issuer.token(scope="read", aud="x")) == 401
+        assert await status("/episodes", issuer.token(scope="read", client_id="other")) == 401
+        settings["clients_file"].write_text("clients: []\n")
+        assert await status("/episodes", read) == 200  # until the file is looked at again
+    async with running(log_path, **known(settings | {"clients_file": None})) as client:
+        assert await status("/episodes", issuer.token(scope="read", client_id="other")) == 200
+    async with running(log_path, **known(settings)) as client:
+        assert await status("/episodes", read) == 401
 
 
 async def test_an_issuer_that_is_away_is_no_fault_of_the_client(

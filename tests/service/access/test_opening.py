@@ -153,7 +153,7 @@ async def test_everything_that_is_configured_is_known(tmp_path: Path) -> None:
             )
         )
         assert (await authenticator.recognise(sent(f"Bearer {key}"))).method == "api-key"
-        token = issuer.token(scope="read ingest")
+        token = issuer.token(scope="read ingest", sub="feed")
         principal = await authenticator.recognise(sent(f"Bearer {token}"))
         assert (principal.id, principal.method) == ("etl", "bearer")
         assert (principal.scopes, principal.units) == ({Scope.READ}, {"medical"})

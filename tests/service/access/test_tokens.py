@@ -56,8 +56,39 @@ async def test_a_valid_token_says_who_and_what(issuer: Issuer) -> None:
     text = issuer.token(scope="ingest other system/RiskAssessment.rs", azp="front")
     token = await verifier(issuer).verify(text)
     assert token.names == ("feed", "front", "s")
-    assert token.scopes == {Scope.INGEST, Scope.READ}
+    assert token.scopes == {Scope.INGEST, Scope.DELETE, Scope.READ}
     assert token.expires == jwt.decode(text, options={"verify_signature": False})["exp"]
+
+
+@pytest.mark.parametrize(
+    ("claims", "who"),
+    [
+        ({}, "feed/s"),
+        ({"sub": None}, "feed"),
+        ({"sub": "feed"}, "feed"),
+        ({"client_id": None}, "s"),
+        ({"client_id": None, "azp": "front"}, "front/s"),
+        ({"azp": "front"}, "feed/s"),
+        ({"azp": "front", "sub": "front"}, "feed"),
+        ({"client_id": "app/s", "sub": None}, "app%2Fs"),
+        ({"client_id": "a", "sub": "p/%2F"}, "a/p%2F%252F"),
+        ({"client_id": None, "sub": "known"}, "ours"),
+        ({"sub": "known"}, "feed/ours"),
+        ({"client_id": "known"}, "ours/s"),
+        ({"azp": "known"}, "ours/s"),
+        ({"client_id": "known", "sub": "known"}, "ours"),
+    ],
+)
+async def test_the_trail_names_the_application_and_the_person_behind_it(
+    issuer: Issuer, claims: dict[str, Any], who: str
+) -> None:
+    token = await verifier(issuer).verify(issuer.token(**claims))
+    assert token.who({"known": "ours"}) == who
+
+
+async def test_the_name_of_whoever_it_is_is_bounded(issuer: Issuer) -> None:
+    token = await verifier(issuer).verify(issuer.token(client_id="%" * 200, sub="/" * 200))
+    assert len(token.who({})) == 1201
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def short(records: Sequence[AuditRecord]) -> list[tuple[str, str, str, tuple[str
 
 @pytest.fixture
 async def ward(log_path: Path, anyio_backend: str) -> AsyncIterator[Client]:
-    async with running(log_path, authenticator=Ward(Scope.INGEST, Scope.READ)) as client:
+    async with running(
+        log_path, authenticator=Ward(Scope.INGEST, Scope.DELETE, Scope.READ)
+    ) as client:
         yield client
 
 
