@@ -18,6 +18,9 @@ from tests.service.fakes import Client, Clock, FakeEngine, at, running
 
 NOW = at(8.5)
 
+# Far more than anything takes: ends only what hangs.
+_PATIENCE_S = 60
+
 
 class Pair:
     """Clients of two replicas, `a` and `b`, and the store behind them."""
@@ -44,14 +47,14 @@ class Pair:
 
     async def lists(self) -> list[dict[str, Any]]:
         """The list of each, once nothing is on its way any more."""
-        for _ in range(400):
-            said = [(await c.http.get("/episodes")).json() for c in self.clients]
-            rows = [row for one in said for row in one["episodes"]]
-            scored = all(row["scored_seq"] == row["seq"] for row in rows if row["hour"] is not None)
-            if all(one["complete"] for one in said) and scored:
-                return said
-            await asyncio.sleep(0.005)
-        raise AssertionError("never quiet")
+        async with asyncio.timeout(_PATIENCE_S):
+            while True:
+                said = [(await c.http.get("/episodes")).json() for c in self.clients]
+                rows = [row for one in said for row in one["episodes"] if row["hour"] is not None]
+                scored = all(row["scored_seq"] == row["seq"] for row in rows)
+                if all(one["complete"] for one in said) and scored:
+                    return said
+                await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
