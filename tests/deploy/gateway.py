@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import ssl
 import subprocess
@@ -46,7 +47,7 @@ class Gateway:
             "GATEWAY_VERIFY_CLIENT": "optional",
             "GATEWAY_REQUESTS_PER_SECOND": 1000,
             "GATEWAY_BURST": 1000,
-            "GATEWAY_CONNECTIONS": 100,
+            "GATEWAY_CONNECTIONS": 32,
         } | {f"GATEWAY_{name.upper()}": value for name, value in words.items()}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -71,7 +72,9 @@ class Gateway:
         run(program("nginx"), "-t", "-q", "-e", "stderr", "-c", self.write())
 
     def __enter__(self) -> Self:
-        command = [program("nginx"), "-e", "stderr", "-c", str(self.write()), "-g", "daemon off;"]
+        # Started by root it would write as somebody who cannot enter the folders of tests.
+        more = "daemon off;" + (" user root;" if os.geteuid() == 0 else "")
+        command = [program("nginx"), "-e", "stderr", "-c", str(self.write()), "-g", more]
         with (self.folder / "nginx.txt").open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output)
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.__main__ import main
 from service.access.clients import Clients, read
 from service.access.gateway import read_secrets
 from tests.deploy.gateway import TEMPLATE
@@ -73,7 +77,7 @@ def test_every_container_has_as_few_rights_as_it_can(name: str) -> None:
     assert "docker.sock" not in yaml.safe_dump(service)
     for word, value in service.get("environment", {}).items():
         if word.endswith(("PASSWORD", "PASSWORD__FILE", "KEY", "SECRET", "LOG_URL", "_FILE")):
-            assert value.startswith("/run/secrets/"), word
+            assert value.startswith(("/run/secrets/", "/run/access/")), word
 
 
 def test_only_the_gateway_is_reached_from_outside() -> None:
@@ -110,12 +114,27 @@ def test_every_secret_is_made_and_none_is_left_over(secrets: Path) -> None:
         assert (secrets / name).stat().st_mode & 0o777 == 0o600
 
 
+def test_a_clients_file_that_is_replaced_is_seen(secrets: Path) -> None:
+    """Its folder is mounted: a mount of the file alone would go on showing the one of the start."""
+    for name in ("llm4ehr-1", "llm4ehr-2"):
+        path = Path(SERVICES[name]["environment"]["LLM4EHR_CLIENTS_FILE"])
+        assert SERVICES[name]["volumes"] == [f"./deploy/compose/secrets/access:{path.parent}:ro"]
+    made = secrets / "access" / path.name
+    before = made.stat()
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["clients", "new-key", "--file", str(made), "--id", "ward", "--scopes", "read"])
+    after = made.stat()
+    assert after.st_ino != before.st_ino
+    # Read by a user of the container, who is nobody on this machine; it holds no secret.
+    assert (after.st_mode & 0o777, made.parent.stat().st_mode & 0o777) == (0o644, 0o755)
+
+
 def test_the_secrets_are_what_their_readers_expect(secrets: Path) -> None:
-    clients = Clients(read(secrets / "clients.yaml"))
+    clients = Clients(read(secrets / "access" / "clients.yaml"))
     first = clients.of_key((secrets / "first-key").read_text())
-    assert first.scopes == {"ingest", "read"}
+    assert first.scopes >= {"ingest", "read"}
     assert clients.of_key((secrets / "metrics-key").read_text()).scopes == {"metrics"}
-    assert clients.of_certificate("CN=feed,O=LLM4EHR").scopes == {"ingest"}
+    assert "ingest" in clients.of_certificate("CN=feed,O=LLM4EHR").scopes
     [secret] = read_secrets(secrets / "gateway-secret")
     assert (secrets / "gateway-secret.conf").read_text() == f'set $gateway_secret "{secret}";\n'
     for leaf in ("server.pem", "client-feed.pem"):
@@ -123,7 +142,7 @@ def test_the_secrets_are_what_their_readers_expect(secrets: Path) -> None:
 
 
 def test_secrets_are_not_made_over(secrets: Path) -> None:
-    before = {path.name: path.read_bytes() for path in secrets.iterdir()}
+    before = {path: path.read_bytes() for path in secrets.rglob("*") if path.is_file()}
     again = subprocess.run(
         [DEPLOY / "compose" / "make-secrets", "other"],
         env={"PATH": "/usr/bin:/bin", "LLM4EHR_SECRETS": str(secrets)},
@@ -132,7 +151,7 @@ def test_secrets_are_not_made_over(secrets: Path) -> None:
     )
     assert again.returncode == 1
     assert "nothing was changed" in again.stderr
-    assert {path.name: path.read_bytes() for path in secrets.iterdir()} == before
+    assert {p: p.read_bytes() for p in secrets.rglob("*") if p.is_file()} == before
 
 
 def test_a_new_certificate_of_the_server_is_of_the_same_authority(secrets: Path) -> None:
@@ -142,6 +161,22 @@ def test_a_new_certificate_of_the_server_is_of_the_same_authority(secrets: Path)
     assert (secrets / "server.pem").read_bytes() != before
     verify = (program("openssl"), "verify", "-CAfile", secrets / "ca.pem")
     run(*verify, "-verify_hostname", "icu2.example.org", secrets / "server.pem")
+
+
+def test_the_bundle_that_is_shipped_is_pinned(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["digest", "--repository", str(ROOT / "model_repository")])
+    digests = json.loads(capsys.readouterr().out)
+    word = "LLM4EHR_BUNDLE_DIGESTS"
+    for path in (DEPLOY / "compose" / "bundles.env", DEPLOY / "systemd" / "llm4ehr.env.example"):
+        (line,) = re.findall(rf"^{word}='(.+)'$", path.read_text(), re.MULTILINE)
+        assert json.loads(line) == digests, path
+    settings = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "settings.yaml").read_text())
+    assert json.loads(settings["data"][word]) == digests
+    for name in ("llm4ehr-1", "llm4ehr-2"):
+        # What the hospital sets comes after, and wins.
+        files = [entry["path"] for entry in SERVICES[name]["env_file"]]
+        assert files == ["deploy/compose/bundles.env", "settings.env"]
+        assert word not in SERVICES[name]["environment"]
 
 
 def test_commands_are_commands_of_the_service() -> None:

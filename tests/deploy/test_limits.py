@@ -19,7 +19,10 @@ MIB = 1 << 20
 
 
 class Replica:
-    """Stands in for one: answers everything with a status, and keeps what it was asked."""
+    """Stands in for one: answers with a status, and keeps what it was asked.
+
+    What is about an episode `late-…` is answered 503, as what comes too late or to a full engine.
+    """
 
     def __init__(self, status: int) -> None:
         self.asked: list[str] = []
@@ -34,7 +37,7 @@ class Replica:
                 if status == 0:  # hangs up without a word
                     self.close_connection = True
                     return
-                self.send_response(status)
+                self.send_response(503 if "/late-" in self.path else status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -101,6 +104,20 @@ def test_nothing_is_unpacked(gateway: Gateway, replica: Replica) -> None:
     assert len(replica.asked) == before
 
 
+def test_large_bodies_wait_in_the_scratch_folder(replica: Replica, tmp_path: Path) -> None:
+    """The room there bounds them, not the memory of the gateway; without any they are refused."""
+    with Gateway(tmp_path, [replica.port]) as gateway, gateway.client() as http:
+        path = "/episodes/icu-1/observations"
+        assert http.post(path, content=b"x" * MIB).status_code == 200
+        assert not list((tmp_path / "scratch" / "body").iterdir())
+        (tmp_path / "scratch" / "body").rmdir()
+        refused = http.post(path, content=b"x" * MIB)
+        assert http.post(path, content=b"x" * 8192).status_code == 200
+    assert refused.status_code == 503
+    assert refused.json()["type"] == "/problems/no-room"
+    assert refused.headers["Retry-After"] == "1"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "begin",
@@ -140,6 +157,14 @@ def test_too_many_requests(replica: Replica, tmp_path: Path) -> None:
     assert all(answer.headers["Retry-After"] == "1" for answer in refused)
     assert refused[0].json()["type"] == "/problems/too-many-requests"
     assert len(replica.asked) == before + len(answers) - len(refused)
+
+
+def test_the_description_is_given_to_nobody_without_end(gateway: Gateway) -> None:
+    with gateway.client() as http:
+        statuses = [http.get("/openapi.json").status_code for _ in range(40)]
+        assert http.get("/episodes").status_code == 200
+    assert statuses[:11] == [200] * 11
+    assert 429 in statuses
 
 
 def _offering(gateway: Gateway, version: ssl.TLSVersion) -> ssl.SSLContext:
@@ -247,7 +272,6 @@ class TestRetries:
         assert bad.asked, "no stay belonged to the replica that fails"
         return statuses, len(bad.asked)
 
-    @pytest.mark.parametrize("fails_with", [0, 503])
     @pytest.mark.parametrize(
         ("method", "path"),
         [
@@ -258,19 +282,48 @@ class TestRetries:
         ],
     )
     def test_what_changes_nothing_twice_goes_to_the_other(
-        self, tmp_path: Path, fails_with: int, method: str, path: str
+        self, tmp_path: Path, method: str, path: str
     ) -> None:
-        statuses, _ = self._ask(tmp_path, fails_with, method, path)
+        statuses, _ = self._ask(tmp_path, 0, method, path)
         assert statuses == [200] * self.N_STAYS
 
-    @pytest.mark.parametrize(("fails_with", "seen"), [(0, 502), (503, 503)])
-    def test_what_was_sent_of_a_patch_is_not_sent_again(
-        self, tmp_path: Path, fails_with: int, seen: int
-    ) -> None:
-        statuses, bad = self._ask(tmp_path, fails_with, "PATCH", "/episodes/{}")
-        assert statuses.count(seen) == bad
+    def test_what_was_sent_of_a_patch_is_not_sent_again(self, tmp_path: Path) -> None:
+        statuses, bad = self._ask(tmp_path, 0, "PATCH", "/episodes/{}")
+        assert statuses.count(502) == bad
         assert statuses.count(200) == self.N_STAYS - bad
 
-    def test_what_the_service_refuses_is_not_asked_again(self, tmp_path: Path) -> None:
-        statuses, bad = self._ask(tmp_path, 500, "GET", "/episodes/{}/risk")
-        assert statuses.count(500) == bad
+    @pytest.mark.parametrize("status", [500, 503])
+    @pytest.mark.parametrize(
+        ("method", "path"), [("GET", "/episodes/{}/risk"), ("POST", "/episodes/{}/observations")]
+    )
+    def test_what_the_service_refuses_is_not_asked_again(
+        self, tmp_path: Path, status: int, method: str, path: str
+    ) -> None:
+        statuses, bad = self._ask(tmp_path, status, method, path)
+        assert statuses.count(status) == bad
+        assert statuses.count(200) == self.N_STAYS - bad
+
+    @pytest.mark.parametrize(
+        ("method", "path"), [("GET", "/episodes/{}/risk"), ("POST", "/episodes/{}/observations")]
+    )
+    def test_refusals_of_one_client_take_no_replica_from_the_others(
+        self, tmp_path: Path, method: str, path: str
+    ) -> None:
+        """With the limits that are shipped: two failures take a replica out for five seconds."""
+        replicas = Replica(200), Replica(200)
+        body = None if method == "GET" else b"{}"
+        try:
+            gateway = Gateway(tmp_path, [replica.port for replica in replicas])
+            with gateway, gateway.client() as http:
+                for n in range(self.N_STAYS):
+                    url = path.format(f"late-{n}")
+                    assert http.request(method, url, content=body).status_code == 503
+                asked = [len(replica.asked) for replica in replicas]
+                assert sum(asked) == self.N_STAYS
+                assert min(asked) >= 2
+                for n in range(self.N_STAYS):
+                    url = path.format(f"icu-{n}")
+                    assert http.request(method, url, content=body).status_code == 200
+        finally:
+            for replica in replicas:
+                replica.close()

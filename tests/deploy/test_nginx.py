@@ -74,3 +74,4 @@ def test_no_episode_is_named_in_what_the_gateway_writes(lonely: Gateway) -> None
     assert any(path.name == "access.log" for path in written)
     assert not [path.name for path in written if b"planted" in path.read_bytes()]
     assert '"area":"episodes","status":502' in lonely.access_log
+    assert '"client":"127.0.0.1","method":"GET"' in lonely.access_log

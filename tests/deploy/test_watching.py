@@ -169,3 +169,6 @@ def test_the_unit_has_settings_of_the_service() -> None:
     given = {line.partition("=")[0] for line in lines if line.startswith("LLM4EHR_")}
     known = {f"LLM4EHR_{name.upper()}" for name in Settings.model_fields}
     assert given <= known | {"LLM4EHR_SETTINGS_FILE"}
+    # A credential is a copy of the start: a key that was removed would go on until a restart.
+    assert "LLM4EHR_CLIENTS_FILE=/etc/llm4ehr/clients.yaml" in lines
+    assert "LoadCredential=clients.yaml" not in unit
