@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from multiprocessing.context import ForkServerContext
@@ -26,11 +27,15 @@ from tests.replicas.proxy import Proxy
 from tests.service.fakes import hr, stamp
 from tests.torture.life import ROWS
 from tests.torture.torture import N_CLIENTS, Slot
+from tests.torture.trail import assert_trail_tells
 from tests.torture.verdict import assert_log_holds, assert_replicas_agree
-from tests.torture.work import Client, Ledger
+from tests.torture.work import Client, Ledger, Request
 
-PAUSE_S = float(os.environ.get("LLM4EHR_TEST_PAUSE_SECONDS", "3"))
+_PAUSE = "LLM4EHR_TEST_PAUSE_SECONDS"
+PAUSE_S = float(os.environ.get(_PAUSE, "1"))
 """How long a replica is held up; a minute in `make torture`."""
+MORE = 5 if _PAUSE in os.environ else 1
+"""So many times the load in `make torture`."""
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +59,7 @@ class Two:
     def load(self, requests: int, beside: Callable[[], None] = lambda: None) -> None:
         """So many requests of several clients to both, while `beside` is done."""
         urls = [slot.url for slot in self.slots]
-        until = self.ledger.counts["requests"] + requests
+        until = self.ledger.counts["requests"] + MORE * requests
 
         async def run() -> None:
             going = True
@@ -74,6 +79,7 @@ class Two:
     def judge(self, replica: Replica) -> None:
         with open_tables(Settings(**self.settings)) as tables:
             log = assert_log_holds(tables, self.ledger)
+        assert_trail_tells(Settings(**self.settings), log, self.ledger)
         assert_replicas_agree([slot.url for slot in self.slots], log, replica)
         self.wait_for_equal_lists()
 
@@ -126,7 +132,7 @@ def paused(slot: Slot) -> Iterator[None]:
 
 
 def test_two_processes_write_to_the_same_stays(two: Two, replica: Replica) -> None:
-    two.load(300)
+    two.load(100)
     two.judge(replica)
 
 
@@ -151,13 +157,13 @@ def test_a_replica_that_was_paused_answers_with_the_newest(two: Two) -> None:
 
 def test_postgres_crashes_under_load(two: Two, crashable: Cluster, replica: Replica) -> None:
     def crash() -> None:
-        for _ in range(2):
+        for _ in range(MORE):
             time.sleep(0.5)
             crashable.stop("immediate")
             time.sleep(0.2)
             crashable.start()
 
-    two.load(200, crash)
+    two.load(60, crash)
     two.judge(replica)
 
 
@@ -166,15 +172,21 @@ def test_a_replica_without_the_log_says_so_and_comes_back(
     two: Two, replica: Replica, mode: Any
 ) -> None:
     """Never what may be out of date; the other replica goes on meanwhile."""
-    two.load(60)
+    two.load(30)
     episode = "shared-0-0"
     assert two.b.get(f"/episodes/{episode}/risk").status_code == 200
     two.proxy.turn(mode)
-    item = {"admitted_at": stamp(0), "observations": [hr(80, 1)]}
-    assert two.a.post("/episodes/extra/observations", json=item).status_code == 200
-    two.ledger.sent["extra"] = item["observations"]
-    for path in (f"/episodes/{episode}/risk", f"/episodes/{episode}?min_seq=1"):
-        answer = two.b.get(path)
+    extra = Request("post", "extra", {"admitted_at": stamp(0), "observations": [hr(80, 1)]})
+    two.ledger.sent["extra"] = extra.items
+    two.ledger.attempts["extra"] = extra
+    written = two.a.post(
+        "/episodes/extra/observations", json=extra.body, headers={"X-Request-ID": "extra"}
+    )
+    assert written.status_code == 200
+    paths = (f"/episodes/{episode}/risk", f"/episodes/{episode}?min_seq=1")
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(two.b.get, paths))
+    for answer in answers:
         assert answer.status_code == 503
         assert answer.json()["type"] in ("/problems/log-unavailable", "/problems/deadline-exceeded")
     two.proxy.turn("open")
@@ -182,11 +194,11 @@ def test_a_replica_without_the_log_says_so_and_comes_back(
     while two.b.get(f"/episodes/{episode}/risk").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    two.load(60)
+    two.load(30)
     two.judge(replica)
 
 
 def test_a_slow_way_to_the_log_changes_no_answer(two: Two, replica: Replica) -> None:
     two.proxy.delay_s = 0.03
-    two.load(120)
+    two.load(30)
     two.judge(replica)

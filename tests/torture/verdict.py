@@ -36,22 +36,24 @@ def assert_log_holds(tables: Tables, ledger: Ledger) -> dict[str, list[Entry]]:
         assert kinds.count("discharge") == (episode in ledger.discharged)
         assert kinds.count("deletion") == (episode in ledger.deleted)
         # Everything sent was acknowledged in the end, so the two must be one and the same.
-        recorded = [_of_entry(e) for e in entries if e.payload.get("content") or e.target]
-        assert sorted(recorded) == sorted(map(_of_item, ledger.sent[episode]))
+        recorded = [of_entry(e) for e in entries if e.payload.get("content") or e.target]
+        assert sorted(recorded) == sorted(map(of_item, ledger.sent[episode]))
     for ack in ledger.acknowledged:
         entry = log[ack.episode][ack.seq - 1]
         assert entry.item_id == ack.item_id
-        assert _of_entry(entry) == _of_item(ack.item)
+        assert of_entry(entry) == of_item(ack.item)
     return log
 
 
-def _of_entry(entry: Entry) -> tuple[str, ...]:
+def of_entry(entry: Entry) -> tuple[str, ...]:
+    """What an entry says, as `of_item` tells it of what was sent."""
     named = entry.item_id if entry.item_id != entry.payload.get("content") else None
     value = entry.payload.get("value")
     return tuple(map(str, (named, entry.target, None if value is None else float(value))))
 
 
-def _of_item(item: Item) -> tuple[str, ...]:
+def of_item(item: Item) -> tuple[str, ...]:
+    """What an item says: its id, what it corrects or withdraws, and its value."""
     value = item.get("value")
     return tuple(
         map(
