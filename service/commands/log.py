@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from service.commands.parsers import Commands
 from service.log import backup, retention
 from service.log.migrate import SCHEMA, migrate_postgres
-from service.log.sqlite_file import FileLock, open_writer
-from service.log.tables import CHAINED, Tables, open_tables
+from service.log.sqlite_file import FileLock, open_writer, real
+from service.log.tables import CHAINED, SqliteTables, Tables, open_tables
 from service.log.verify import Finding, read_anchors, verify, write_anchors
 from service.settings import Settings
 
@@ -74,13 +74,16 @@ def _migrate(a: argparse.Namespace) -> None:
 
 
 def _migrate_file(path: Path) -> None:
+    path = real(path)
     lock = FileLock(path)
     try:
         with _bar() as bar:
             task = bar.add_task("writing rows anew", total=None)
-            open_writer(path, _in_thousands(lambda n: bar.advance(task, n))).close()
-    finally:
+            db = open_writer(path, _in_thousands(lambda n: bar.advance(task, n)))
+    except BaseException:
         lock.release()
+        raise
+    SqliteTables(db, lock).close()
 
 
 def _verify(a: argparse.Namespace) -> None:
@@ -123,22 +126,32 @@ def _retain(a: argparse.Namespace) -> None:
     with open_tables(Settings(), writes=not a.dry_run) as tables:
         if a.episode is None:
             instant = datetime.combine(a.discharged_before, datetime.min.time(), UTC)
-            due = retention.discharged_before(tables, instant)
+            due, unreadable = retention.discharged_before(tables, instant)
         else:
-            due = retention.with_heads(tables, a.episode)
+            due, unreadable = retention.with_heads(tables, a.episode), []
         if a.dry_run:
             print(f"{len(due)} episodes with {sum(due.values())} entries would be removed")
-            return
+        else:
+            _remove(tables, due, a.reason)
+    for episode_id in unreadable:
+        _say(f"left as it is, for when it ended cannot be read: {episode_id}")
+    if unreadable:
+        raise SystemExit(1)
+
+
+def _remove(tables: Tables, due: Mapping[str, int], reason: str) -> None:
+    removed: list[int] = []
+    try:
         with _bar() as bar:
             task = bar.add_task("removing", total=len(due))
-            removed = []
-            for n in retention.retire(tables, due, a.reason):
+            for n in retention.retire(tables, due, reason):
                 removed.append(n)
                 bar.advance(task)
-    skipped = removed.count(0)
-    print(f"{len(removed) - skipped} episodes with {sum(removed)} entries were removed")
-    if skipped:
-        print(f"{skipped} were written to meanwhile and left as they are")
+    finally:  # also if it ends before its time
+        skipped = removed.count(0)
+        print(f"{len(removed) - skipped} episodes with {sum(removed)} entries were removed")
+        if skipped:
+            print(f"{skipped} were written to meanwhile and left as they are")
 
 
 def _report(findings: Sequence[Finding]) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import apsw
 
-from service.log.base import LogCorrupt
-from service.log.migrate import migrate_file
+from service.log.base import LogCorrupt, LogUnavailable
+from service.log.migrate import WrongSchema, migrate_file
 from service.log.sqlite_file import open_reader
-from service.log.tables import CHAINED, SqliteTables, Table, Tables, counted
-from service.log.verify import Chains, Finding, retired_heads
+from service.log.tables import CHAINED, SqliteTables, Table, Tables, text_of
+from service.log.verify import Finding, follow
 
 Advance = Callable[[int], None]
 
@@ -37,13 +37,8 @@ def back_up(source: Tables, out: Path, advance: Advance) -> list[Finding]:
         raise FileExistsError(f"{out} exists")
     partial = out.with_name(out.name + ".partial")
     partial.unlink(missing_ok=True)
-    db = apsw.Connection(str(partial))
-    # Until it is complete there is nothing to protect.
-    db.pragma("journal_mode", "off")
-    db.pragma("synchronous", "off")
-    migrate_file(db)
     try:
-        with SqliteTables(db) as target, source.snapshot(), target.transaction():
+        with _new(partial) as target, source.snapshot(), target.transaction():
             findings = copy(source, target, advance)
         _sync(partial)
         os.replace(partial, out)
@@ -54,9 +49,28 @@ def back_up(source: Tables, out: Path, advance: Advance) -> list[Finding]:
     return findings
 
 
+def _new(path: Path) -> Tables:
+    """A file with the schema and nothing else. Raises LogUnavailable."""
+    try:
+        db = apsw.Connection(str(path))
+        # Until it is complete there is nothing to protect.
+        db.pragma("journal_mode", "off")
+        db.pragma("synchronous", "off")
+        migrate_file(db)
+    except apsw.Error as error:
+        raise LogUnavailable(f"cannot write {path}: {error}") from error
+    return SqliteTables(db)
+
+
 def opened(backup: Path) -> Tables:
     """A backup, to be read. Raises LogUnavailable, WrongSchema."""
-    return SqliteTables(open_reader(backup))
+    try:
+        return SqliteTables(open_reader(backup))
+    except WrongSchema as error:
+        raise WrongSchema(
+            f"{backup} is of another version: {str(error).partition(':')[0]}; bring a copy of it up"
+            " with `LLM4EHR_LOG_PATH=COPY python -m service log migrate` and restore that"
+        ) from error
 
 
 def restore(
@@ -80,14 +94,9 @@ def restore(
 
 def copy(source: Tables, target: Tables, advance: Advance) -> list[Finding]:
     """All rows of a log into an empty one; returns what is not as it was written."""
-    findings: list[Finding] = []
-    retired = retired_heads(source)
-    for table in CHAINED:
-        chains = Chains(table)
-        target.insert(table, chains.follow(counted(source.rows(table), advance)))
-        findings += chains.end(retired if table == "log" else {})
+    findings = follow(source, {}, advance, target.insert)
     # Last: entries of an episode that is retired are refused.
-    target.insert("retired", source.rows("retired"))
+    target.insert("retired", ((text_of(row[0]), *row[1:]) for row in source.rows("retired")))
     return findings
 
 

@@ -20,7 +20,9 @@ class LogUnavailable(Exception):
 
 
 class Unconfirmed(LogUnavailable):
-    """The connection broke while a write was being made durable: it may be recorded or not."""
+    """The connection or the disk failed while a write was being made durable: it may be recorded or
+    not.
+    """
 
 
 class LogCorrupt(Exception):

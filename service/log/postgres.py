@@ -21,7 +21,7 @@ import psycopg
 from service.entries import Draft, Entry
 from service.log.base import EventLog, LogUnavailable, Retired, SequenceConflict
 from service.log.migrate import RETIRED_STATE, WrongSchema, require_known
-from service.log.postgres_lanes import CHANNEL, Connection, Lane, Lanes, is_lost
+from service.log.postgres_lanes import CHANNEL, Busy, Connection, Lane, Lanes, is_lost
 from service.log.rows import FIRST, Row, from_rows, number, require_chain, to_rows
 from service.trail.record import AuditRecord
 
@@ -52,18 +52,23 @@ SELECT seq, kind, item_id, effective_at, available_at, recorded_at, target, payl
 FROM log WHERE episode_id = %s AND seq > %s ORDER BY seq
 """
 _ROWS = "SELECT * FROM log WHERE episode_id = %s ORDER BY seq"
-# Steps from one episode to the next through the primary key instead of reading every row.
-_HEADS = """
+# Steps from one episode to the next through the primary key instead of reading every row, so many
+# at a time: no statement may run longer than a moment.
+_HEADS_OF_PAGE = """
 WITH RECURSIVE head AS (
-    (SELECT episode_id, seq, recorded_at FROM log ORDER BY episode_id DESC, seq DESC LIMIT 1)
+    (SELECT episode_id, seq, recorded_at FROM log {where}
+     ORDER BY episode_id DESC, seq DESC LIMIT 1)
     UNION ALL
     SELECT next.* FROM head, LATERAL (
         SELECT episode_id, seq, recorded_at FROM log WHERE episode_id < head.episode_id
         ORDER BY episode_id DESC, seq DESC LIMIT 1
     ) AS next
 )
-SELECT episode_id, seq FROM head ORDER BY recorded_at DESC, episode_id
+SELECT episode_id, seq, recorded_at FROM head LIMIT %s
 """
+_FIRST_HEADS = _HEADS_OF_PAGE.format(where="")
+_NEXT_HEADS = _HEADS_OF_PAGE.format(where="WHERE episode_id < %s")
+_HEADS_AT_A_TIME = 10_000
 _SCHEMA = """
 SELECT current_setting('server_encoding'), current_setting('fsync'),
        to_regclass('alembic_version') IS NOT NULL
@@ -162,17 +167,22 @@ class PostgresLog(EventLog):
         await asyncio.to_thread(require_chain, await self._read(_ROWS, episode_id))
 
     async def heads(self) -> dict[str, int]:
-        return dict(await self._read(_HEADS))
+        page = heads = await self._read(_FIRST_HEADS, _HEADS_AT_A_TIME)
+        while len(page) == _HEADS_AT_A_TIME:
+            page = await self._read(_NEXT_HEADS, page[-1][0], _HEADS_AT_A_TIME)
+            heads += page
+        # By code points, which is also the order of the bytes of UTF-8.
+        heads.sort(key=lambda head: (-head[2], head[0]))
+        return {episode_id: seq for episode_id, seq, _ in heads}
 
     async def changes(self) -> AsyncIterator[str | None]:
         while not self._closed:
             try:
-                db = await self._lanes.connect()
+                db = await self._lanes.listen()
             except psycopg.Error:
                 await asyncio.sleep(1)
                 continue
             try:
-                await db.execute(f"LISTEN {CHANNEL}")
                 yield None
                 async for notice in db.notifies():
                     writer, _, episode_id = notice.payload.partition(" ")
@@ -212,6 +222,8 @@ class PostgresLog(EventLog):
 
         try:
             result = await self._use(whole)
+        except Busy:
+            raise
         except LogUnavailable:
             self._well = False
             self._ill.set()
@@ -239,6 +251,8 @@ class PostgresLog(EventLog):
             return await self._with_lane(work)
         except psycopg.errors.UniqueViolation:
             raise SequenceConflict("somebody else wrote to the episode") from None
+        except psycopg.errors.LockNotAvailable:
+            raise Busy("a command has the log for itself") from None
         except psycopg.Error as error:
             if error.sqlstate == RETIRED_STATE:
                 raise Retired("the time to keep the episode is over") from None

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -39,15 +39,23 @@ _CONNECT = {
     "fallback_application_name": "llm4ehr",
 }
 
-# What is acknowledged must be on disk: a server or a role that says otherwise is overruled.
-# `remote_apply` waits for more, and stays.
-_SESSION = """
-SELECT set_config('synchronous_commit', 'on', false)
-    WHERE current_setting('synchronous_commit') <> 'remote_apply';
+DURABLE = """
+SELECT set_config('synchronous_commit', 'on', {local})
+    WHERE current_setting('synchronous_commit') <> 'remote_apply'
+"""
+"""What is acknowledged must be on disk: a server or a role that says otherwise is overruled.
+`remote_apply` waits for more, and stays. `local` is "true" for the transaction alone."""
+
+_SESSION = f"""
+{DURABLE.format(local="false")};
 SET statement_timeout = '5s';
 SET lock_timeout = '5s';
 SET idle_in_transaction_session_timeout = '10s';
 """
+
+
+class Busy(LogUnavailable):
+    """Nothing is wrong with the log but that others use it."""
 
 
 def parameters(url: str) -> dict[str, Any]:
@@ -58,16 +66,39 @@ def parameters(url: str) -> dict[str, Any]:
         raise LogUnavailable("LLM4EHR_LOG_URL is no URL of a PostgreSQL") from None
 
 
-async def connect(how: dict[str, Any]) -> Connection:
-    """A connection that commits each statement by itself. Raises psycopg.Error."""
-    # Prepared at the first use: each connection executes the same few statements again and again.
-    db = await psycopg.AsyncConnection.connect(**how, autocommit=True, prepare_threshold=0)
+async def connect(how: dict[str, Any], also: LiteralString = "") -> Connection:
+    """A connection that commits each statement by itself, after `also`.
+
+    Raises psycopg.Error, after PATIENCE_S at the latest.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + PATIENCE_S
     try:
-        await db.execute(_SESSION, prepare=False)
+        async with asyncio.timeout_at(deadline):
+            # Prepared at the first use: each connection executes the same few statements again and
+            # again.
+            db = await psycopg.AsyncConnection.connect(**how, autocommit=True, prepare_threshold=0)
+    except TimeoutError:
+        raise psycopg.errors.ConnectionTimeout("the server does not answer") from None
+    # Whoever cancels a statement waits for the server's answer: it is cut instead.
+    timer = loop.call_at(deadline, _sever, db)
+    try:
+        await db.execute(_SESSION + also, prepare=False)
     except BaseException:
         await db.close()
         raise
+    finally:
+        timer.cancel()
     return db
+
+
+def _sever(db: Connection) -> None:
+    """Cut a connection beneath whatever waits for it, which then fails at once."""
+    with (
+        suppress(OSError, psycopg.Error),
+        socket.socket(fileno=os.dup(db.pgconn.socket)) as connection,
+    ):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def is_lost(error: psycopg.Error) -> bool:
@@ -91,11 +122,7 @@ class Lane:
     def sever(self) -> None:
         """Cut the connection beneath whatever waits for it, which then fails at once."""
         self.severed = True
-        with (
-            suppress(OSError, psycopg.Error),
-            socket.socket(fileno=os.dup(self.db.pgconn.socket)) as connection,
-        ):
-            connection.shutdown(socket.SHUT_RDWR)
+        _sever(self.db)
 
     async def commit(self) -> None:
         """Raises Unconfirmed if the connection is lost meanwhile, psycopg.Error if it failed."""
@@ -130,13 +157,13 @@ class Lanes:
     async def lane(self) -> AsyncIterator[Lane]:
         """A connection for this block alone. It is cut after PATIENCE_S.
 
-        Raises psycopg.Error if there is none to be had, LogUnavailable if all are in use too long.
+        Raises psycopg.Error if there is none to be had, Busy if all are in use too long.
         """
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await self._free.acquire()
         except TimeoutError:
-            raise LogUnavailable("all connections to the log are in use") from None
+            raise Busy("all connections to the log are in use") from None
         try:
             lane = self._idle.pop() if self._idle else Lane(await connect(self._how))
             deadline = asyncio.get_running_loop().call_later(PATIENCE_S, lane.sever)
@@ -162,9 +189,12 @@ class Lanes:
         self._closed = True
         await self.drop_idle()
 
-    async def connect(self) -> Connection:
-        """One more connection, for as long as one likes. Raises psycopg.Error."""
-        return await connect(self._how)
+    async def listen(self) -> Connection:
+        """One more connection, for as long as one likes, that hears what replicas tell each other.
+
+        Raises psycopg.Error.
+        """
+        return await connect(self._how, f"LISTEN {CHANNEL}")
 
 
 async def _close(lanes: Iterable[Lane]) -> None:

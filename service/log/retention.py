@@ -10,42 +10,58 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from typing import NamedTuple
 
-from service.entries import to_us
+from service.entries import Entry, to_us
+from service.log.base import LogCorrupt
 from service.log.rows import AuditChain, from_rows
-from service.log.tables import Tables
+from service.log.tables import Tables, text_of
 from service.timeline import discharge_of
 from service.trail.record import AuditRecord
 
-_AT_A_TIME = 100
-"""Episodes in one transaction, for which others wait."""
+# What one transaction removes, for which those that write wait.
+_EPISODES = 100
+_ENTRIES = 20_000
 
 
-def discharged_before(tables: Tables, instant: datetime) -> dict[str, int]:
-    """Episodes that were discharged before an instant, or deleted without having been discharged,
-    and the number of their last entry.
+class Due(NamedTuple):
+    """Which episodes are to be removed, and of which it cannot be told."""
 
-    Raises LogUnavailable, LogCorrupt.
+    heads: dict[str, int]
+    """The number of the last entry of each."""
+    unreadable: list[str]
+
+
+def discharged_before(tables: Tables, instant: datetime) -> Due:
+    """Episodes that were discharged before an instant, or deleted without having been discharged.
+
+    Raises LogUnavailable; LogCorrupt if that cannot be found out of any.
     """
-    ended: dict[str, datetime | None] = {}
-    deleted: dict[str, datetime] = {}
-    for episode_id, *row in tables.execute(
-        "SELECT episode_id, seq, kind, item_id, effective_at, available_at, recorded_at, target,"
-        " payload FROM log WHERE kind IN ('discharge', 'deletion') ORDER BY episode_id, seq"
-    ):
-        [entry] = from_rows(episode_id, row[0] - 1, [row])
-        if entry.kind == "deletion":
-            deleted[episode_id] = entry.recorded_at
-        else:
-            ended[episode_id] = discharge_of(entry)
-    return with_heads(
-        tables,
-        sorted(
-            episode_id
-            for episode_id in deleted.keys() | ended.keys()
-            if (ended.get(episode_id) or deleted.get(episode_id, instant)) < instant
-        ),
-    )
+    discharged: dict[str, bool] = {}
+    deleted: dict[str, bool] = {}
+    unreadable: set[str] = set()
+    # Of one moment: a stay whose discharge is taken back in between would be judged by the old
+    # entries, and named with the new number.
+    with tables.snapshot():
+        for row in tables.rows("log", "kind IN ('discharge', 'deletion')"):
+            episode_id = str(text_of(row[0]))
+            try:
+                if episode_id != row[0]:
+                    raise LogCorrupt("an id that is no text")
+                [entry] = from_rows(episode_id, row[1] - 1, [row[1:-1]])
+                of_kind = deleted if entry.kind == "deletion" else discharged
+                if (ended_at := _ended_at(entry)) is None:
+                    of_kind.pop(episode_id, None)
+                else:
+                    of_kind[episode_id] = ended_at < instant
+            except (KeyError, LogCorrupt, OverflowError, TypeError, ValueError):
+                unreadable.add(episode_id)
+        due = {episode_id for episode_id, over in (deleted | discharged).items() if over}
+        return Due(with_heads(tables, sorted(due - unreadable)), sorted(unreadable))
+
+
+def _ended_at(entry: Entry) -> datetime | None:
+    return entry.recorded_at if entry.kind == "deletion" else discharge_of(entry)
 
 
 def with_heads(tables: Tables, episodes: Iterable[str]) -> dict[str, int]:
@@ -66,26 +82,40 @@ def retire(tables: Tables, heads: Mapping[str, int], reason: str) -> Iterator[in
     audit trail. Raises LogUnavailable.
     """
     audit = AuditChain(uuid.uuid4().hex)
-    due = list(heads.items())
-    for first in range(0, len(due), _AT_A_TIME):
+    for batch in _batches(heads):
         removed = []
         with tables.transaction():
-            for episode_id, seq in due[first : first + _AT_A_TIME]:
+            for episode_id, seq in batch:
                 n, audit = _retire(tables, episode_id, seq, reason, audit)
                 removed.append(n)
         yield from removed
+
+
+def _batches(heads: Mapping[str, int]) -> Iterator[list[tuple[str, int]]]:
+    """So many episodes and entries at a time; one that is larger goes alone."""
+    batch: list[tuple[str, int]] = []
+    entries = 0
+    for episode_id, seq in heads.items():
+        if batch and (len(batch) == _EPISODES or entries + seq > _ENTRIES):
+            yield batch
+            batch, entries = [], 0
+        batch.append((episode_id, seq))
+        entries += seq
+    if batch:
+        yield batch
 
 
 def _retire(
     tables: Tables, episode_id: str, seq: int, reason: str, audit: AuditChain
 ) -> tuple[int, AuditChain]:
     at_us = to_us(datetime.now(UTC))
-    last, last_hash = tables.execute(
+    # Again, now that nobody else writes: it may have gone on, or be gone.
+    head = tables.execute(
         "SELECT seq, hash FROM log WHERE episode_id = ? ORDER BY seq DESC LIMIT 1", episode_id
-    )[0]
-    if last != seq:
+    )
+    if not head or head[0][0] != seq:
         return 0, audit
-    tables.insert("retired", [(episode_id, last, last_hash, at_us, reason)])
+    tables.insert("retired", [(episode_id, *head[0], at_us, reason)])
     tables.execute("DELETE FROM log WHERE episode_id = ?", episode_id)
     record = AuditRecord(
         at_us=at_us,

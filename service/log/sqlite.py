@@ -23,10 +23,17 @@ from typing import ClassVar, TypeVar
 import apsw
 
 from service.entries import Draft, Entry
-from service.log.base import EventLog, LogCorrupt, LogUnavailable, Retired, SequenceConflict
+from service.log.base import (
+    EventLog,
+    LogCorrupt,
+    LogUnavailable,
+    Retired,
+    SequenceConflict,
+    Unconfirmed,
+)
 from service.log.migrate import USER_VERSION
 from service.log.rows import FIRST, AuditChain, from_rows, number, require_chain, to_rows
-from service.log.sqlite_file import FileLock, OpenFiles, open_reader, open_writer
+from service.log.sqlite_file import FileLock, OpenFiles, open_reader, open_writer, real
 from service.trail.record import AuditRecord
 
 MAX_GROUP = 256
@@ -87,14 +94,16 @@ class SqliteLog(EventLog):
     shared: ClassVar[bool] = False
 
     def __init__(self, path: Path) -> None:
-        self._lock = FileLock(path)
-        try:
+        path = real(path)
+        with contextlib.ExitStack() as undo:
+            self._lock = FileLock(path)
+            undo.callback(self._lock.release)
             self._writer = open_writer(path)
+            undo.callback(self._writer.close)
             self._reader = open_reader(path)
+            undo.callback(self._reader.close)
             self._files = OpenFiles(path)
-        except LogUnavailable:
-            self._lock.release()
-            raise
+            undo.pop_all()
         self._audit = AuditChain(uuid.uuid4().hex)
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._available = True
@@ -235,6 +244,7 @@ class SqliteLog(EventLog):
         """Write a group in one transaction. Entries are handed out only once it is durable."""
         db, audit = self._writer, self._audit
         written: list[tuple[_Write, list[Entry]]] = []
+        committing = False
         try:
             self._files.require()
             db.execute("BEGIN IMMEDIATE")
@@ -244,12 +254,18 @@ class SqliteLog(EventLog):
                     written.append((write, entries))
                 except (Retired, SequenceConflict, TypeError, ValueError) as error:
                     write.error = error
+            committing = True
             db.execute("COMMIT")
         except (apsw.Error, OSError, MemoryError) as error:
             self._available = False
             for write in group:
                 write.error = LogUnavailable(f"cannot write the log: {type(error).__name__}")
                 write.error.__cause__ = error
+            if committing and isinstance(error, apsw.IOError):
+                # It may stand in the WAL whole: if the process ends now, it is recorded.
+                for write, _ in written:
+                    write.error = Unconfirmed("the disk failed during a commit")
+                    write.error.__cause__ = error
             if db.in_transaction:
                 db.execute("ROLLBACK")
             return

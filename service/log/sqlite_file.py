@@ -16,6 +16,11 @@ MIN_SQLITE = 3_051_003
 BUSY_MS = 5_000
 
 
+def real(path: Path) -> Path:
+    """Where a path leads: SQLite puts its other files beside that one, not beside a link to it."""
+    return Path(os.path.realpath(path))
+
+
 class FileLock:
     """An advisory lock on `<path>.lock`: it ends with the process, however that ends.
 
@@ -32,6 +37,9 @@ class FileLock:
             raise LogUnavailable(f"cannot open the log {path}: {error}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Removed between the two, it keeps nobody out.
+            if not os.path.samestat(os.fstat(self._file), os.stat(f"{path}.lock")):
+                raise FileNotFoundError
         except OSError as error:
             os.close(self._file)
             raise LogUnavailable(f"the log {path} is in use by another process") from error
@@ -48,10 +56,13 @@ class OpenFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError."""
-        self._paths = (str(path), f"{path}-wal")
+        """Raises LogUnavailable."""
+        self._paths = (str(path), f"{path}-wal", f"{path}.lock")
         self._size = 0
-        self._known = self._look()
+        try:
+            self._known = self._look()
+        except OSError as error:
+            raise LogUnavailable(f"cannot open the log {path}: {error}") from error
 
     def require(self) -> None:
         """Raises OSError unless they are those that were opened. Only a checkpoint changes the size
@@ -99,9 +110,16 @@ def open_reader(path: Path) -> apsw.Connection:
     _require_library()
     try:
         db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    except apsw.Error as error:
+        raise LogUnavailable(f"cannot open the log {path}: {error}") from error
+    try:
         db.set_busy_timeout(BUSY_MS)
         require_known(revision_of_file(db))
+    except LogUnavailable:
+        db.close()
+        raise
     except apsw.Error as error:
+        db.close()
         raise LogUnavailable(f"cannot open the log {path}: {error}") from error
     return db
 

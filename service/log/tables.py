@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
@@ -14,20 +14,27 @@ from psycopg import sql as pg
 
 from service.log.base import LogCorrupt, LogUnavailable
 from service.log.migrate import require_known, revision_of_postgres
-from service.log.postgres_lanes import CHANNEL, parameters
+from service.log.postgres_lanes import CHANNEL, DURABLE, parameters
 from service.log.rows import Row
-from service.log.sqlite_file import FileLock, open_reader, open_writer
+from service.log.sqlite_file import FileLock, open_reader, open_writer, real
 from service.settings import Settings
 
 Table = Literal["log", "audit", "retired"]
 CHAINED: tuple[Table, ...] = ("log", "audit")
 """The tables whose rows carry hashes."""
 
-_ORDER: dict[Table, str] = {
-    "log": "episode_id, seq",
-    "audit": "writer, seq",
-    "retired": "episode_id",
+_KEY: dict[Table, tuple[str, ...]] = {
+    "log": ("episode_id", "seq"),
+    "audit": ("writer", "seq"),
+    "retired": ("episode_id",),
 }
+
+_LOCK_TIMEOUT = "3s"
+"""How long a command waits for the lock of its transaction. Appends wait behind it, 5 s at most."""
+
+
+class NotOverwritten(LogUnavailable):
+    """What was written is durable; what it took away can still be found in the file."""
 
 
 class Tables(ABC):
@@ -38,8 +45,12 @@ class Tables(ABC):
         """All rows of a statement with `?` for each value. Raises LogUnavailable."""
 
     @abstractmethod
-    def rows(self, table: Table) -> Iterator[Row]:
-        """All rows of a table, in the order of its chains. Raises LogCorrupt, LogUnavailable."""
+    def rows(self, table: Table, where: str = "TRUE") -> Iterator[Row]:
+        """All rows of a table for which a condition holds, in the order of its chains; bytes in
+        place of a text that cannot be decoded. Needs a snapshot or a transaction.
+
+        Raises LogCorrupt if what follows cannot be read, LogUnavailable.
+        """
 
     @abstractmethod
     def insert(self, table: Table, rows: Iterable[Row]) -> None:
@@ -60,7 +71,8 @@ class Tables(ABC):
         """
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Raises NotOverwritten."""
 
     def count(self, table: Table) -> int:
         [(n,)] = self.execute(f"SELECT count(*) FROM {table}")
@@ -75,7 +87,9 @@ class Tables(ABC):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        # What went wrong in the block is what is told.
+        with suppress(NotOverwritten) if error is not None else nullcontext():
+            self.close()
 
 
 class SqliteTables(Tables):
@@ -89,16 +103,40 @@ class SqliteTables(Tables):
     def execute(self, statement: str, *values: object) -> list[Row]:
         try:
             return self._db.execute(statement, cast(Any, values)).fetchall()
+        except UnicodeDecodeError as error:
+            raise LogCorrupt("the log holds text that cannot be decoded") from error
         except apsw.Error as error:
             raise LogUnavailable(f"the log: {error}") from error
 
-    def rows(self, table: Table) -> Iterator[Row]:
+    def rows(self, table: Table, where: str = "TRUE") -> Iterator[Row]:
+        key = len(_KEY[table])
+        last: Row = ()
         try:
-            yield from self._db.execute(f"SELECT * FROM {table} ORDER BY {_ORDER[table]}")
-        except (apsw.CorruptError, UnicodeDecodeError) as error:
+            found = iter(self._db.execute(_select(table, where)))
+            while True:
+                try:
+                    row = next(found, None)
+                except UnicodeDecodeError:  # the next call goes on behind it
+                    row = self._undecoded(table, where, last)
+                if row is None:
+                    return
+                last = row[:key]
+                yield row
+        except apsw.CorruptError as error:
             raise LogCorrupt(f"the table {table} cannot be read to its end") from error
         except apsw.Error as error:
             raise LogUnavailable(f"the log: {error}") from error
+
+    def _undecoded(self, table: Table, where: str, last: Row) -> Row:
+        """The row that follows the one of key `last`, bytes in place of text that is none."""
+        columns = [str(row[1]) for row in self.execute(f"PRAGMA table_info({table})")]
+        values = ", ".join(f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c})" for c in columns)
+        if last:
+            # What is text already stays as it is.
+            marks = ", ".join(["CAST(? AS TEXT)", "?"][: len(last)])
+            where = f"({where}) AND ({', '.join(_KEY[table])}) > ({marks})"
+        [row] = self.execute(f"{_select(table, where, values)} LIMIT 1", *last)
+        return (*map(_decoded, row[:-1]), row[-1] if columns[-1] == "hash" else _decoded(row[-1]))
 
     def insert(self, table: Table, rows: Iterable[Row]) -> None:
         marks = ", ".join("?" * (10 if table == "log" else 5))
@@ -117,25 +155,41 @@ class SqliteTables(Tables):
         try:
             yield
         finally:
-            self.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self.execute("ROLLBACK")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         self.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.execute("COMMIT")
         except BaseException:
-            self.execute("ROLLBACK")
+            if self._db.in_transaction:  # some errors end it by themselves
+                self.execute("ROLLBACK")
             raise
-        self.execute("COMMIT")
 
     def close(self) -> None:
-        if self._lock is not None:
-            # What was overwritten in the file stands in the WAL as it was before.
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._db.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            if self._lock is not None:
+                self._overwrite()
+        finally:
+            self._db.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    def _overwrite(self) -> None:
+        """Bring into the file what stands in the WAL: until then the file is as it was before."""
+        try:
+            [(busy, _, _)] = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            why = "another program reads it" if busy else None
+        except apsw.Error as error:
+            why = str(error)
+        if why is not None:
+            raise NotOverwritten(
+                f"what was written is durable, but the file of the log is not yet overwritten:"
+                f" {why}; run `python -m service log migrate` when that is over"
+            )
 
 
 class PostgresTables(Tables):
@@ -145,9 +199,16 @@ class PostgresTables(Tables):
         """Raises LogUnavailable, WrongSchema."""
         try:
             self._db = psycopg.connect(**parameters(url), autocommit=True)
-            require_known(revision_of_postgres(self._db))
         except psycopg.Error as error:
             raise LogUnavailable(f"the log: {error}") from error
+        try:
+            require_known(revision_of_postgres(self._db))
+        except psycopg.Error as error:
+            self._db.close()
+            raise LogUnavailable(f"the log: {error}") from error
+        except LogUnavailable:
+            self._db.close()
+            raise
 
     def execute(self, statement: str, *values: object) -> list[Row]:
         try:
@@ -156,12 +217,13 @@ class PostgresTables(Tables):
         except psycopg.Error as error:
             raise LogUnavailable(f"the log: {error}") from error
 
-    def rows(self, table: Table) -> Iterator[Row]:
-        query = f"SELECT * FROM {table} ORDER BY {_ORDER[table]}"
+    def rows(self, table: Table, where: str = "TRUE") -> Iterator[Row]:
         try:
             with self._db.cursor(name=f"all_{table}") as cursor:
                 cursor.itersize = 5_000
-                yield from cursor.execute(cast(Any, query))
+                yield from cursor.execute(cast(Any, _select(table, where)))
+        except UnicodeDecodeError as error:  # the server takes none: its disk is damaged
+            raise LogCorrupt(f"the table {table} cannot be read to its end") from error
         except psycopg.Error as error:
             raise LogUnavailable(f"the log: {error}") from error
 
@@ -190,13 +252,17 @@ class PostgresTables(Tables):
     def transaction(self) -> Iterator[None]:
         self.execute("BEGIN")
         try:
-            self.execute("LOCK TABLE log IN SHARE ROW EXCLUSIVE MODE")  # reading goes on
+            self.execute(f"SELECT set_config('lock_timeout', '{_LOCK_TIMEOUT}', true)")
+            self.execute(DURABLE.format(local="true"))
+            # Neither trigger nor head show an append that has begun and is not committed yet: it
+            # would add a row to an episode that is gone. Reading goes on.
+            self.execute("LOCK TABLE log IN SHARE ROW EXCLUSIVE MODE")
             yield
+            self.execute("COMMIT")
         except BaseException:
             if not self._db.closed:
                 self.execute("ROLLBACK")
             raise
-        self.execute("COMMIT")
 
     def close(self) -> None:
         self._db.close()
@@ -209,7 +275,7 @@ def open_tables(settings: Settings, *, writes: bool = False) -> Tables:
     """
     if settings.log_url is not None:
         return PostgresTables(settings.log_url.get_secret_value())
-    path = settings.log_path
+    path = real(settings.log_path)
     if not writes:
         return SqliteTables(open_reader(path))
     lock = FileLock(path)
@@ -218,6 +284,22 @@ def open_tables(settings: Settings, *, writes: bool = False) -> Tables:
     except LogUnavailable:
         lock.release()
         raise
+
+
+def text_of(value: object) -> object:
+    """A value of a row; bytes that are no text made into some that can be shown and written."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+
+
+def _decoded(value: object) -> object:
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return value
+
+
+def _select(table: Table, where: str, columns: str = "*") -> str:
+    return f"SELECT {columns} FROM {table} WHERE {where} ORDER BY {', '.join(_KEY[table])}"
 
 
 def counted(rows: Iterable[Row], advance: Callable[[int], None]) -> Iterator[Row]:

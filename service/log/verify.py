@@ -8,16 +8,18 @@ anew. An anchor does: where every chain had got to, kept in another place.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from service.log.base import LogCorrupt
-from service.log.rows import FIRST, Row, chain_hash
-from service.log.tables import CHAINED, Table, Tables, counted
+from service.log.rows import FIRST, Row, chain_hash, from_audit_row
+from service.log.tables import CHAINED, Table, Tables, counted, text_of
 
-Problem = Literal["changed", "missing", "not-as-anchored", "not-removed", "unreadable"]
+Problem = Literal["changed", "missing", "not-as-anchored", "not-removed", "not-told", "unreadable"]
 
 _FORMAT = "llm4ehr-anchors/1"
 
@@ -35,7 +37,8 @@ class Finding:
 
     table: Table
     chain: str
-    """Episode id, or writer of the audit trail; empty if it is not known."""
+    """Episode id, or writer of the audit trail; empty if it is not known. Bytes that are no text
+    are escaped."""
     seq: int
     """The row, or the first of those that are missing."""
     problem: Problem
@@ -58,10 +61,17 @@ class Chains:
     findings: list[Finding] = field(default_factory=list)
 
     def follow(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The same rows, each of them checked before it is passed on."""
+        """The same rows, each of them checked before it is passed on. Text that cannot be decoded
+        is found and made into some that can.
+        """
         try:
             for row in rows:
-                self._check(row)
+                try:
+                    self._check(row)
+                except TypeError:  # bytes in place of text
+                    row = (*map(text_of, row[:-1]), row[-1])
+                    self._find(row[0], row[1], "unreadable")
+                    self.heads[row[0]] = Head(row[1], row[-1])
                 yield row
         except LogCorrupt:
             self._find("", 0, "unreadable")
@@ -81,9 +91,10 @@ class Chains:
     def _check(self, row: Row) -> None:
         chain, seq, hashed = row[0], row[1], row[-1]
         last = self.heads.get(chain, Head(0, FIRST))
+        fits = chain_hash(last.hash, row[:-1]) == hashed
         if seq != last.seq + 1:
             self._find(chain, last.seq + 1, "missing")
-        elif chain_hash(last.hash, row[:-1]) != hashed:
+        elif not fits:
             self._find(chain, seq, "changed")
         head = Head(seq, hashed)
         if self._contradicts(chain, head):
@@ -105,25 +116,63 @@ def verify(tables: Tables, anchors: Anchors, advance: Callable[[int], None]) -> 
 
     Raises LogUnavailable.
     """
-    findings: list[Finding] = []
     with tables.snapshot():
-        retired = retired_heads(tables)
-        for table in CHAINED:
-            chains = Chains(table, anchors.get(table, {}))
-            for _ in chains.follow(counted(tables.rows(table), advance)):
-                pass
-            findings += chains.end(retired if table == "log" else {})
-    return findings
+        return follow(tables, anchors, advance, lambda table, rows: deque(rows, maxlen=0))
+
+
+def follow(
+    tables: Tables,
+    anchors: Anchors,
+    advance: Callable[[int], None],
+    take: Callable[[Table, Iterator[Row]], object],
+) -> list[Finding]:
+    """Hand all rows of the chained tables to `take`; returns what is wrong with them."""
+    findings: list[Finding] = []
+    retired, told = retired_heads(tables), set[str]()
+    for table in CHAINED:
+        chains = Chains(table, anchors.get(table, {}))
+        rows = chains.follow(counted(tables.rows(table), advance))
+        take(table, _removals(rows, told) if table == "audit" else rows)
+        findings += chains.end(retired if table == "log" else {})
+    return findings + _of_retired(retired, told, anchors.get("retired", {}))
 
 
 def retired_heads(tables: Tables) -> dict[str, Head]:
     """Where the episodes ended whose entries were removed."""
-    rows = tables.execute("SELECT episode_id, seq, hash FROM retired")
-    return {episode_id: Head(seq, hashed) for episode_id, seq, hashed in rows}
+    return {str(text_of(row[0])): Head(row[1], row[2]) for row in tables.rows("retired")}
+
+
+def _removals(lines: Iterable[Row], told: set[str]) -> Iterator[Row]:
+    """The same lines of the audit trail; `told` gains the episodes they say were removed."""
+    for row in lines:
+        if '"retain"' in row[3]:  # few are worth to be read
+            with suppress(LogCorrupt):
+                record = from_audit_row(row)
+                if (record.operation, record.action) == ("retain", "delete"):
+                    told.update(record.episodes)
+        yield row
+
+
+def _of_retired(
+    retired: Mapping[str, Head], told: set[str], anchors: Mapping[str, Sequence[Head]]
+) -> list[Finding]:
+    """A removal that nothing tells of would be a way to remove anything."""
+    findings = [
+        Finding("retired", episode_id, retired[episode_id].seq, "not-told")
+        for episode_id in sorted(retired.keys() - told)
+    ]
+    for episode_id, known in anchors.items():
+        head = retired.get(episode_id)
+        if head is None:
+            findings.append(Finding("retired", episode_id, known[0].seq, "missing"))
+        elif any(anchor != head for anchor in known):
+            findings.append(Finding("retired", episode_id, head.seq, "not-as-anchored"))
+    return findings
 
 
 def write_anchors(tables: Tables, out: Path) -> int:
-    """Write where every chain has got to into a new file; returns how many there are.
+    """Write where every chain has got to, and what was removed, into a new file; returns how many
+    there are.
 
     One JSON object a line. Raises FileExistsError, LogUnavailable, OSError.
     """
@@ -137,17 +186,24 @@ def write_anchors(tables: Tables, out: Path) -> int:
                     f" FROM {table} GROUP BY {chain}) AS last USING ({chain}, seq)"
                     f" ORDER BY {chain}"
                 ):
-                    row = {"table": table, "chain": name, "seq": seq, "hash": hashed.hex()}
-                    file.write(json.dumps(row) + "\n")
+                    file.write(_anchor(table, name, Head(seq, hashed)))
                     n += 1
+            for name, head in retired_heads(tables).items():
+                file.write(_anchor("retired", name, head))
+                n += 1
     return n
+
+
+def _anchor(table: str, chain: str, head: Head) -> str:
+    row = {"table": table, "chain": chain, "seq": head.seq, "hash": head.hash.hex()}
+    return json.dumps(row) + "\n"
 
 
 def read_anchors(paths: Iterable[Path]) -> Anchors:
     """Inverse of `write_anchors`, of any number of files. Raises ValueError for another file,
     OSError.
     """
-    anchors: dict[Table, dict[str, list[Head]]] = {table: {} for table in CHAINED}
+    anchors: dict[Table, dict[str, list[Head]]] = {"log": {}, "audit": {}, "retired": {}}
     for path in paths:
         with path.open() as file:
             try:
