@@ -40,6 +40,8 @@ _Decide = Callable[[EpisodeState | None, datetime], tuple[Sequence[Draft], _T]]
 # limit but the deadline.
 _MAX_CONFLICTS = 5
 
+_ITEMS = {"observation", "event", "withdrawal"}
+
 # Between two tries a random time up to this, doubled with each, up to the longest.
 _PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
@@ -107,6 +109,7 @@ class EpisodeService:
         Returns the episode's last sequence number too. Raises UnknownEpisode, DeletedEpisode,
         Refused, NothingAccepted, LogUnavailable.
         """
+        _require_admissible(visit, admission)
         state, posted = await self._write(
             visit,
             episode_id,
@@ -121,6 +124,7 @@ class EpisodeService:
 
         Raises DeletedEpisode, Refused, LogUnavailable.
         """
+        _require_admissible(visit, admission)
         state, created = await self._write(
             visit,
             episode_id,
@@ -300,13 +304,22 @@ class EpisodeService:
         return self._locks.setdefault(episode_id, asyncio.Lock())
 
 
+def _require_admissible(visit: Visit, admission: Admission | None) -> None:
+    """Raises Forbidden for an admission that the client may not make, whether the stay exists or
+    not: afterwards the answer would say so.
+    """
+    if admission is not None and not visit.principal.may_see(admission.statics):
+        raise Forbidden
+
+
 def _admitted(drafts: Sequence[Draft]) -> list[Statics]:
     """What the admissions among the drafts say of the patient."""
     return [Statics(**d.payload["statics"]) for d in drafts if d.kind == "admission"]
 
 
 def _action(state: EpisodeState | None, drafts: Sequence[Draft]) -> Action:
-    """What a write does to the stay, for the audit trail."""
-    if state is None:
+    """What a write does, for the audit trail. Items are created, whatever becomes of the stay."""
+    kinds = {draft.kind for draft in drafts}
+    if state is None or kinds & _ITEMS:
         return "create"
-    return "delete" if any(d.kind == "deletion" for d in drafts) else "update"
+    return "delete" if "deletion" in kinds else "update"

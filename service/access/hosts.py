@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
+
+_HOST = re.compile(r"(\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[a-z0-9.-]+))(:[0-9]*)?")
 
 
 def is_loopback(host: str) -> bool:
@@ -12,6 +15,12 @@ def is_loopback(host: str) -> bool:
         return True
     address = parse_address(host)
     return address is not None and address.is_loopback
+
+
+def named_in(host: str) -> str:
+    """The name or address in a header `Host`, in small letters; empty if there is none."""
+    found = _HOST.fullmatch(host.strip().lower())
+    return "" if found is None else found["v6"] or found["name"]
 
 
 def is_private_url(url: str) -> bool:

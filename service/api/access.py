@@ -14,14 +14,21 @@ from fastapi.routing import APIRoute
 from service.access.authenticator import Credentials, Unauthenticated
 from service.access.principal import Principal, Scope, Visit
 from service.api.deps import EPISODE_ID, Context, ContextDep
+from service.api.problems import MAX_ERRORS, too_wide
 
 VISIT = "llm4ehr.visit"
 """Where in the scope of a request its visit stands, once the client was recognised."""
+
+PRINCIPAL = "llm4ehr.principal"
+"""Where in the scope the name of the client stands, also if it is refused for its many requests."""
 
 REQUEST_ID = "llm4ehr.request_id"
 
 ADDRESS = "llm4ehr.address"
 """Where in the scope it stands from where the request came, as far as that is believed."""
+
+
+_IDENTITY = ("authorization", "x-client-subject", "x-gateway-secret")
 
 
 class Requires:
@@ -41,7 +48,10 @@ class Requires:
         Raises Unauthenticated, IssuerUnavailable, Forbidden, Problem.
         """
         principal, address = await _recognise(request, context)
+        request.scope[PRINCIPAL] = principal.id
         context.limits.count(principal, address)
+        if request.scope["query_string"].count(b"&") >= MAX_ERRORS:
+            raise too_wide("/query")
         episode_id = request.path_params.get("episode_id", "")
         visit = Visit(
             principal=principal,
@@ -77,18 +87,22 @@ def required_of(route: APIRoute) -> tuple[Scope, ...]:
 
 async def _recognise(request: Request, context: Context) -> tuple[Principal, str]:
     """Who sends a request, and from where."""
+    sent = {name: request.headers.getlist(name) for name in _IDENTITY}
+    authorization, subject, secret = map(_only, sent.values())
     credentials = Credentials(
-        authorization=_only(request, "authorization"),
-        subject=_only(request, "x-client-subject"),
-        gateway_secret=_only(request, "x-gateway-secret"),
+        authorization=authorization,
+        subject=subject,
+        gateway_secret=secret,
         peer=request.client.host if request.client is not None else "",
         forwarded_for=",".join(request.headers.getlist("x-forwarded-for")) or None,
     )
     address = request.scope[ADDRESS] = context.authenticator.address(credentials)
-    sent = (credentials.authorization, credentials.subject, credentials.gateway_secret)
     name = hashlib.sha256(repr(sent).encode()).digest()
     context.limits.may_try(address, name)
     try:
+        # Of two a gateway may have judged the one and we the other.
+        if any(len(values) > 1 for values in sent.values()):
+            raise Unauthenticated("a header that says who you are is there twice")
         principal = await context.authenticator.recognise(credentials)
     except Unauthenticated:
         context.limits.failed(address, name)
@@ -97,9 +111,5 @@ async def _recognise(request: Request, context: Context) -> tuple[Principal, str
     return principal, address
 
 
-def _only(request: Request, name: str) -> str | None:
-    """The header of that name. Of two a gateway may have judged the one and we the other."""
-    values = request.headers.getlist(name)
-    if len(values) > 1:
-        raise Unauthenticated("a header that says who you are is there twice")
-    return values[0] if values else None
+def _only(values: list[str]) -> str | None:
+    return values[0] if len(values) == 1 else None

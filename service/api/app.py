@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -84,6 +85,8 @@ class Dependencies:
     loader: Loader | None = None
     """Where further models come from."""
     clock: Callable[[], datetime] = _utc_now
+    monotonic: Callable[[], float] = time.monotonic
+    """Seconds by which the requests of clients are counted."""
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     """Where the instruments are registered; the engine may share it."""
     process: Callable[[], dict[str, Any]] = dict
@@ -183,6 +186,8 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         # Their pages load scripts from elsewhere; the document itself is at /openapi.json.
         docs_url=None,
         redoc_url=None,
+        # Ours is made once.
+        openapi_url=None,
     )
     app.state.context = Context(
         settings=settings,
@@ -191,7 +196,11 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         follower=follower,
         log=deps.log,
         authenticator=deps.authenticator,
-        limits=Limits(settings.requests_per_second_per_client, settings.max_in_flight_per_client),
+        limits=Limits(
+            settings.requests_per_second_per_client,
+            settings.max_in_flight_per_client,
+            deps.monotonic,
+        ),
         metrics=metrics,
         clock=deps.clock,
         lifecycle=lifecycle,
@@ -211,10 +220,10 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     # What is added later is further out.
     app.add_middleware(AuditTrail, trail=trail, clock=deps.clock)
     deps.tracing.install(app)
+    if is_open:
+        app.add_middleware(OpenDemo, host=settings.host)
     app.add_middleware(Observe, metrics=metrics, lifecycle=lifecycle)
     app.add_middleware(Envelope, metrics=metrics)
-    if is_open:
-        app.add_middleware(OpenDemo)
     problems.install(app, metrics.refused)
     openapi.install(app, routers)
     return app

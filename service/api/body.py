@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
-from service.api.problems import ClientGone, Problem, invalid
+from service.api.problems import MAX_ERRORS, ClientGone, Problem, invalid, too_wide
 from service.settings import Settings
 from service.timing import measured
 
@@ -56,11 +56,23 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 def validate(model: type[_M], body: Any) -> _M:
     """Read a parsed body into a model. Raises Problem."""
+    _check_width(body)
     try:
         with measured("parse"):
             return model.model_validate(body)
     except ValidationError as error:
         raise invalid(error.errors(include_url=False, include_context=False)) from error
+
+
+def _check_width(body: Any) -> None:
+    """Raises Problem for more fields than there are names, each of which would be an error."""
+    if not isinstance(body, dict):
+        return
+    if len(body) > MAX_ERRORS:
+        raise too_wide("")
+    for name, value in body.items():
+        if isinstance(value, dict) and len(value) > MAX_ERRORS:
+            raise too_wide(f"/{name}" if name == "statics" else "")
 
 
 def _check_media_type(request: Request) -> None:

@@ -10,8 +10,7 @@ from uuid import uuid4
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs
-from service.access.principal import Visit
-from service.api.access import ADDRESS, REQUEST_ID, VISIT
+from service.api.access import ADDRESS, PRINCIPAL, REQUEST_ID
 from service.api.metrics import Metrics
 from service.tracing import labels_of
 
@@ -72,13 +71,12 @@ class Envelope:
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         method, route = labels_of(scope)
-        visit: Visit | None = scope.get(VISIT)
         told: dict[str, str | int | float] = {
             "method": method,
             "route": route,
             "status": status,
             "ms": round(seconds * 1000, 2),
-            "principal": "-" if visit is None else visit.principal.id,
+            "principal": scope.get(PRINCIPAL, "-"),
         }
         line = "%(method)s %(route)s %(status)d %(ms).2f ms %(principal)s"
         if status == 401:

@@ -29,6 +29,10 @@ _BUCKETS = (
 )
 
 
+# Where the time went would tell whether a stay exists that the client may not see.
+_SILENT = (403, 404)
+
+
 class Metrics:
     """The instruments of the API, in a registry of their own or one shared with the engine."""
 
@@ -152,7 +156,7 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = [(b"server-timing", timing.header())]
+                more = [] if status in _SILENT else [(b"server-timing", timing.header())]
                 if self._lifecycle.draining:
                     more.append((b"connection", b"close"))
                 message = {**message, "headers": [*message.get("headers", ()), *more]}

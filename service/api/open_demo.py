@@ -1,4 +1,6 @@
-"""A service that is open to everybody says so: in its log, and in every answer."""
+"""A service that is open to everybody says so, in its log and in every answer, and answers to its
+own names alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,9 @@ import asyncio
 import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.access.hosts import is_loopback, named_in
+from service.api.problems import Problem
 
 _logger = logging.getLogger(__name__)
 
@@ -15,10 +20,16 @@ _AGAIN_S = 60.0
 
 
 class OpenDemo:
-    """ASGI middleware: puts the header on every answer."""
+    """ASGI middleware: puts the header on every answer, and refuses requests to other names.
 
-    def __init__(self, app: ASGIApp) -> None:
+    A page on the internet may have its own name lead here, and would be of the same origin then:
+    the browser of whoever looks at it would read everything for it.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        """`host` is where the service listens."""
         self._app = app
+        self._host = host.lower()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def declare(message: Message) -> None:
@@ -26,7 +37,17 @@ class OpenDemo:
                 message = {**message, "headers": [*message.get("headers", ()), HEADER]}
             await send(message)
 
-        await self._app(scope, receive, declare)
+        app = self._app
+        if scope["type"] == "http" and not self._is_ours(scope):
+            app = Problem("misdirected").response(scope["path"])
+        await app(scope, receive, declare)
+
+    def _is_ours(self, scope: Scope) -> bool:
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) != 1:
+            return False
+        name = named_in(hosts[0].decode("latin-1"))
+        return name == self._host or is_loopback(name)
 
 
 async def warn(every_s: float = _AGAIN_S) -> None:

@@ -9,6 +9,8 @@ from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from service.access.principal import Scope
 from service.api.access import required_of
@@ -66,7 +68,16 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
             app.openapi_schema = schema
         return app.openapi_schema
 
+    rendered: list[bytes] = []
+
+    async def serve(request: Request) -> Response:
+        # Anybody may ask for it, and it takes a while to make.
+        if not rendered:
+            rendered.append(bytes(JSONResponse(document()).body))
+        return Response(rendered[0], media_type="application/json")
+
     app.openapi = document  # type: ignore[method-assign]
+    app.add_route("/openapi.json", serve, include_in_schema=False)
 
 
 def _tell_access(schema: dict[str, Any], routers: Sequence[APIRouter]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -47,6 +47,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "body-too-large": (413, "The body is too large"),
     "too-many-items": (413, "Too many items in one request"),
     "unsupported-media-type": (415, "The body must be application/json"),
+    "misdirected": (421, "The service is not known by this name"),
     "invalid-request": (422, "The request is not valid"),
     "episode-id-invalid": (422, "The episode id is not valid"),
     "admission-missing": (422, "The admission time is missing"),
@@ -71,6 +72,11 @@ KEEPS_LOAD_OFF = (429, 503)
 
 CLIENT_GONE = 499
 """Status of an answer that nobody reads, as in the metrics; never sent."""
+
+MAX_ERRORS = 100
+"""Most wrong fields, or parameters, that one answer names; nothing has as many."""
+
+_UNKNOWN_FIELD = "there is a field the API does not know"
 
 ISSUER_RETRY_AFTER_S = 10
 LOG_RETRY_AFTER_S = 5
@@ -163,13 +169,20 @@ def as_problem(error: Exception) -> Problem:
             return Problem("internal-error", "quote the instance when reporting this")
 
 
-def invalid(errors: list[ErrorDetails], *, where: str = "") -> Problem:
+def invalid(errors: Sequence[ErrorDetails], *, where: str = "") -> Problem:
     """A problem that lists what is wrong, field by field, without repeating what was sent."""
     items = [
         {"path": where + _path(error), "type": _type(error), "detail": _detail(error)}
-        for error in errors
+        for error in errors[:MAX_ERRORS]
     ]
-    return Problem("invalid-request", "see `errors`", extra={"errors": items})
+    more = {"more": True} if len(errors) > MAX_ERRORS else {}
+    return Problem("invalid-request", "see `errors`", extra={"errors": items} | more)
+
+
+def too_wide(where: str) -> Problem:
+    """A problem of more fields, or parameters, than there are names: they are not looked at."""
+    item = {"path": where, "type": "unknown-field", "detail": _UNKNOWN_FIELD}
+    return Problem("invalid-request", "see `errors`", extra={"errors": [item], "more": True})
 
 
 def install(app: FastAPI, refused: Callable[[str], None]) -> None:
@@ -281,8 +294,4 @@ def _type(error: ErrorDetails) -> str:
 
 
 def _detail(error: ErrorDetails) -> str:
-    return (
-        "there is a field the API does not know"
-        if _type(error) == "unknown-field"
-        else error["msg"]
-    )
+    return _UNKNOWN_FIELD if _type(error) == "unknown-field" else error["msg"]

@@ -393,5 +393,6 @@ class ProblemOut(Answer):
     status: int
     detail: str
     instance: str
-    errors: list[FieldErrorOut] = Field(default_factory=list)
+    errors: list[FieldErrorOut] = Field(default_factory=list, max_length=100)
+    more: bool = Field(False, description="There are more errors than are listed")
     items: list[ItemResultOut] = Field(default_factory=list)

@@ -41,7 +41,8 @@ _ACTIONS: dict[str, Action] = {
 class AuditTrail:
     """ASGI middleware: writes the line before the first byte of the answer leaves.
 
-    A request has one once its client was recognised. What was written to the log of an episode has
+    A request has one once its client was recognised, unless it is refused for too many of them,
+    which could fill the trail. What was written to the log of an episode has
     its line there already, in one transaction.
     """
 
@@ -72,7 +73,7 @@ class AuditTrail:
 
     async def _tell(self, scope: Scope, status: int) -> None:
         visit: Visit | None = scope.get(VISIT)
-        if visit is None or visit.recorded:
+        if visit is None or visit.recorded or status == 429:
             return
         if visit.operation in UNRECORDED and status != 403:
             return

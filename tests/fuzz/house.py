@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,10 @@ every time.
 
 MARK = "cAnArY"
 """Stands in every text that is made up: no error may repeat it."""
+
+MAX_PROBLEM_BYTES = 20_000
+MAX_ITEM_BYTES = 600
+"""Of an answer that is a problem, besides its items, and of each of these."""
 
 TRIED: Counter[str] = Counter()
 """Examples by test, and requests."""
@@ -63,11 +67,16 @@ class Asked:
         self.client = client
         self._runner = runner
 
-    def request(self, method: str, path: str, **what: Any) -> httpx.Response:
-        """Ask, and hold the answer against what is promised of every answer."""
+    def request(
+        self, method: str, path: str, *, may_be: Sequence[str] = (), **what: Any
+    ) -> httpx.Response:
+        """Ask, and hold the answer against what is promised of every answer.
+
+        `may_be` names problems of the service's that are meant to be possible.
+        """
         TRIED["requests"] += 1
         response = self.run(self.client.http.request(method, path, **what))
-        assert_fair(response)
+        assert_fair(response, may_be)
         return response
 
     def run(self, coroutine: Any) -> Any:
@@ -94,11 +103,14 @@ def asked(folder: Path, **settings: Any) -> Iterator[Asked]:
             runner.run(stack.aclose())
 
 
-def assert_fair(response: httpx.Response) -> None:
+def assert_fair(response: httpx.Response, may_be: Sequence[str] = ()) -> None:
     """An answer, or a problem that is in the table and repeats nothing that was sent."""
-    assert response.status_code < 500, response.text
+    fault = response.json()["type"] if response.status_code >= 500 else None
+    assert fault in (None, *(f"/problems/{name}" for name in may_be)), response.text
     if response.status_code < 400:
         return
+    n_items = len(response.json().get("items", ()))
+    assert len(response.content) <= MAX_PROBLEM_BYTES + n_items * MAX_ITEM_BYTES
     problem = response.json()
     for item in problem.get("items", ()):
         del item["item_id"]  # by which the client knows its own item

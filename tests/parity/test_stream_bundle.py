@@ -61,7 +61,7 @@ def test_the_service_streams_it(
         kv_memory_mib=4,
     )
     units = {"LOINC/2160-0": "mg/dL", "LOINC/2524-7": "mmol/L", "SNOMED/40617009": None}
-    with TestClient(build_app(settings)) as http:
+    with TestClient(build_app(settings), base_url="http://localhost") as http:
         admitted_at = datetime.now(UTC) - timedelta(hours=40)
         http.put("/episodes/s", json=admission(stay, admitted_at)).raise_for_status()
         for _, body in hourly_bodies(stay, admitted_at, units):

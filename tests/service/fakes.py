@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -238,6 +239,7 @@ async def running(
     loader: Loader | None = None,
     tracing: Tracing = OFF,
     authenticator: Authenticator | None = None,
+    monotonic: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> AsyncIterator[Client]:
     """An app with its lifespan, on the log file `path`."""
@@ -250,6 +252,7 @@ async def running(
             model=fake_model(engine),
             loader=loader,
             clock=clock,
+            monotonic=monotonic,
             tracing=tracing,
         ),
     )

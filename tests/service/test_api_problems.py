@@ -74,6 +74,41 @@ async def test_bodies(client: Client, name: str, body: bytes) -> None:
     assert await client.log.heads() == {}
 
 
+@pytest.mark.parametrize("n", [99, 100, 101, 50_000])
+async def test_not_all_of_many_errors_are_listed(client: Client, n: int) -> None:
+    await client.admit()
+    many = {f"k{i}": 0 for i in range(n)}
+    admission = {"admitted_at": stamp(0)}
+    for method, path, body in (
+        ("PUT", "/episodes/e", admission | many),
+        ("PATCH", "/episodes/e", {"statics": many}),
+        ("POST", POST, {"observations": [hr()], "statics": many} | admission),
+        ("POST", POST, many),
+    ):
+        answer = await client.http.request(method, path, json=body)
+        problem = assert_problem(answer, "invalid-request")
+        assert problem.get("more", False) == (n > 100 or len(body) > 100)
+        assert 1 <= len(problem["errors"]) <= 100
+        assert len(answer.content) < 20_000
+
+
+async def test_both_levels_together_are_cut(client: Client) -> None:
+    many = {f"k{i}": 0 for i in range(90)}
+    body = {"admitted_at": stamp(0), "statics": many} | many
+    problem = assert_problem(await client.http.put("/episodes/e", json=body), "invalid-request")
+    assert (len(problem["errors"]), problem["more"]) == (100, True)
+
+
+@pytest.mark.parametrize("path", ["/episodes", "/episodes/e/risk"])
+async def test_many_parameters_are_not_looked_at(client: Client, path: str) -> None:
+    query = "&".join(f"a{i}=1" for i in range(5_000))
+    problem = assert_problem(await client.http.get(f"{path}?{query}"), "invalid-request")
+    assert (len(problem["errors"]), problem["more"]) == (1, True)
+    query = "&".join(f"a{i}=1" for i in range(100))
+    problem = assert_problem(await client.http.get(f"{path}?{query}"), "invalid-request")
+    assert (len(problem["errors"]), "more" in problem) == (100, False)
+
+
 async def test_deep_nesting_within_an_item_is_malformed_not_a_crash(client: Client) -> None:
     value = b"[" * 400 + b"]" * 400
     body = b'{"observations": [{"variable": "hr", "value": ' + value + b"}]}"

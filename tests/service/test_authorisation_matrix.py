@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from fastapi.routing import APIRoute, iter_route_contexts
@@ -220,7 +222,67 @@ async def test_all_scopes_within_a_restriction(service: Asking, name: str) -> No
         route: closed if closed is not None and _STAY in route[1] else row.status
         for route, row in TABLE.items()
     }
+    if closed == 404:  # to admit a stay to that unit is refused, whether it is there or not
+        expected |= {route: 403 for route, row in TABLE.items() if row.body in (ITEMS, ADMISSION)}
     assert await mismatches(service, bearer(name), expected) == {}
+
+
+_ELSEWHERE = {"statics": {"unit_type": "medical"}}
+_FUTURE = {"admitted_at": stamp(900)}
+
+# How to ask for a stay that one must not know of: method, path below it, headers, body.
+PROBES: list[tuple[str, str, dict[str, str], Any]] = [
+    *(
+        ("GET", f"{below}?{query}", headers, None)
+        for below in ("", "/risk", "/embeddings")
+        for headers in ({}, {"If-None-Match": "*"})
+        for query in (
+            *("", "min_seq=1", "min_seq=99", "as_of=1", "as_of=2", "as_of=99", "unknown=1"),
+            *(f"as_of={quote(stamp(hours))}" for hours in (-1, 0.9, 1, 900)),
+            *("model_version=1", "model_version=9", "hour=0", "hour=199", "hour=500"),
+        )
+    ),
+    ("DELETE", "", {}, None),
+    ("PATCH", "", {}, {}),
+    ("PATCH", "", {}, _ELSEWHERE),
+    ("PATCH", "", {}, {"statics": {"unit_type": "surgical"}}),
+    ("PATCH", "", {}, {"statics": {"unit_type": None}}),
+    ("PATCH", "", {}, {"discharged_at": stamp(900)}),
+    ("PATCH", "", {}, _FUTURE | _ELSEWHERE),
+    ("PUT", "", {}, ADMISSION),
+    ("PUT", "", {}, _FUTURE | _ELSEWHERE),
+    ("PUT", "", {}, {"admitted_at": stamp(0)}),
+    ("PUT", "", {}, {}),
+    ("PUT", "", {"If-Match": "*"}, ADMISSION),
+    ("PUT", "", {"If-None-Match": "*"}, ADMISSION),
+    *(
+        ("POST", "/observations", {}, admission | {"observations": items})
+        for admission in ({}, ADMISSION, _FUTURE | _ELSEWHERE, {"admitted_at": stamp(0)})
+        for items in ([], [hr(80)], [hr(9999)], [hr(80, 900), hr(81, corrects="x")], [{}])
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ["another unit", "another id"])
+@pytest.mark.parametrize("stay", ["icu-1", "icu-deleted"])
+async def test_what_a_client_may_not_see_answers_as_what_is_not_there(
+    service: Asking, name: str, stay: str
+) -> None:
+    deleted = "/episodes/icu-deleted"
+    await service.http.put(deleted, json=ADMISSION, headers=bearer("all"))
+    assert (await service.http.delete(deleted, headers=bearer("all"))).status_code == 204
+
+    async def answer(probe: tuple[str, str, dict[str, str], Any], of: str) -> tuple[Any, ...]:
+        method, below, headers, body = probe
+        url = f"/episodes/{of}{below}"
+        got = await service.http.request(method, url, json=body, headers=headers | bearer(name))
+        told = {k: v for k, v in got.headers.items() if k != "x-request-id"}
+        told["server-timing"] = re.sub(r"[\d.]+", "", told.get("server-timing", ""))
+        assert got.status_code >= 400
+        return got.status_code, got.json() | {"instance": ""}, told
+
+    for probe in PROBES:
+        assert await answer(probe, stay) == await answer(probe, "icu-none"), probe
 
 
 async def test_nothing_is_judged_before_the_client_is(service: Asking) -> None:

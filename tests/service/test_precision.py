@@ -203,7 +203,7 @@ def test_it_answers_with_what_was_measured(
         transport = httpx.ASGITransport(app=app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://test") as http,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as http,
         ):
             return dict((await http.get("/episodes")).json()["provenance"]["numerics"])
 

@@ -34,9 +34,16 @@ async def test_a_write_and_a_read(client: Client) -> None:
 
 
 async def test_every_answer_has_a_total(client: Client) -> None:
-    for path in ("/v2", "/metrics", "/nowhere"):
+    for path in ("/v2", "/metrics"):
         assert list(parts(await client.http.get(path))) == ["total"]
-    assert list(parts(await client.http.get("/episodes/unknown/risk"))) == ["audit", "total"]
+    wrong = await client.http.get("/episodes/unknown/risk?hour=x")
+    assert list(parts(wrong)) == ["audit", "total"]
+
+
+async def test_what_is_not_there_says_nothing_of_its_time(client: Client) -> None:
+    """Else it would tell whether a stay exists that the client may not see."""
+    for path in ("/nowhere", "/episodes/unknown/risk"):
+        assert "server-timing" not in (await client.http.get(path)).headers
 
 
 async def test_requests_at_the_same_time_keep_their_own(log_path: Path, anyio_backend: str) -> None:

@@ -114,6 +114,28 @@ async def test_headers_of_a_gateway(
         assert (await client.http.get("/episodes", headers=headers)).status_code == status
 
 
+async def test_headers_that_are_there_twice_count_against_who_sent_them(
+    log_path: Path, settings: dict[str, Any], anyio_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = [("X-Gateway-Secret", SECRET), ("X-Client-Subject", "CN=pump")]
+    twice = [("Authorization", "Bearer x"), ("Authorization", "Bearer y")]
+
+    async def status(address: str, *more: tuple[str, str]) -> int:
+        headers = [*gateway, ("X-Forwarded-For", address), *more]
+        return (await client.http.get("/episodes", headers=headers)).status_code
+
+    async with running(log_path, **known(settings)) as client:
+        assert await status("192.0.2.7") == 200
+        with caplog.at_level(logging.INFO, "service.requests"):
+            assert await status("192.0.2.7", *twice) == 401
+        assert "from 192.0.2.7" in caplog.text
+        # Each is counted, and of the address that the gateway tells of.
+        statuses = [await status("192.0.2.7", *twice) for _ in range(60)]
+        assert 429 in statuses
+        assert await status("192.0.2.8", *twice) == 401
+        assert await status("192.0.2.7") == 200
+
+
 async def test_two_authorizations_are_none(
     log_path: Path, settings: dict[str, Any], issuer: Issuer, anyio_backend: str
 ) -> None:
@@ -129,11 +151,56 @@ async def test_an_open_service_says_so_everywhere(
     with caplog.at_level(logging.WARNING, "service.api.open_demo"):
         async with running(log_path, authentication="open") as client:
             for path in ("/episodes", "/episodes/none", "/nowhere", "/v2/health/live"):
-                answer = await client.http.get(path)
+                answer = await client.http.get(f"http://localhost{path}")
                 assert answer.headers["x-llm4ehr-mode"] == "open-demo"
-            summary = (await client.http.get("/operator/summary")).json()
+            summary = (await client.http.get("http://localhost/operator/summary")).json()
             assert summary["service"]["authentication"] == "open"
     assert "OPEN" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LocalHost:8000", 200),
+        ("127.0.0.1:8000", 200),
+        ("127.9.9.9", 200),
+        ("[::1]:8000", 200),
+        ("ward.example:8000", 200),
+        ("WARD.example", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("ward.example.evil", 421),
+        ("localhost@evil.example", 421),
+        ("localhost:80:80", 421),
+        ("10.0.0.1", 421),
+        ("[::1", 421),
+        ("", 421),
+        ("\u00e9", 421),
+    ],
+)
+async def test_an_open_service_answers_to_its_own_names_alone(
+    log_path: Path, anyio_backend: str, host: str, status: int
+) -> None:
+    """A page of another name that leads here would be of the same origin."""
+    async with running(log_path, authentication="open", host="ward.example") as client:
+        headers = {"Host": host.encode()}
+        for path in ("/episodes", "/openapi.json"):
+            answer = await client.http.get(path, headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["x-llm4ehr-mode"] == "open-demo"
+            assert answer.headers["x-request-id"]
+            if status == 421:
+                assert answer.json()["type"] == "/problems/misdirected"
+        twice = [("Host", "localhost"), ("Host", "localhost")]
+        assert (await client.http.get("/episodes", headers=twice)).status_code == 421
+
+
+async def test_a_closed_service_has_any_name(log_path: Path, anyio_backend: str) -> None:
+    async with running(log_path) as client:
+        headers = {"Host": "evil.example"}
+        assert (await client.http.get("/episodes", headers=headers)).status_code == 200
 
 
 async def test_a_closed_service_does_not(log_path: Path, anyio_backend: str) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
+import apsw
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,21 +21,35 @@ from service.access.principal import Principal, Scope
 from service.api.limits import BURST_S, FAILURES_AT_ONCE, Buckets, Limits
 from service.api.problems import Problem
 from tests.service.access.issuer import Now
-from tests.service.fakes import hr, running, stamp
+from tests.service.fakes import Client, hr, running, stamp
 
 pytestmark = pytest.mark.anyio
 
-KEYS = {name: new_key(name) for name in ("a", "b")}
+KEYS = {name: new_key(name) for name in ("a", "b", "reader")}
+SCOPES = {"reader": "[read]"}
 CLIENTS = Clients(
     parse(
         "clients:\n"
         + "".join(
-            f"- {{id: {n}, scopes: [ingest, read, metrics], key_sha256: [{digest(k)}]}}\n"
+            f"- {{id: {n}, scopes: {SCOPES.get(n, '[ingest, read, metrics]')}, "
+            f"key_sha256: [{digest(k)}]}}\n"
             for n, k in KEYS.items()
         )
     )
 )
 AUTHENTICATOR = Configured(lambda: CLIENTS, None, Gateways((), ()))
+
+
+def limited(
+    path: Path, per_second: float, clock: Callable[[], float]
+) -> AbstractAsyncContextManager[Client]:
+    """A service with a limit of requests of one client, counted by a clock of its own."""
+    return running(
+        path,
+        authenticator=AUTHENTICATOR,
+        monotonic=clock,
+        requests_per_second_per_client=per_second,
+    )
 
 
 def bearer(name: str) -> dict[str, str]:
@@ -104,8 +123,7 @@ async def test_one_client_does_not_use_up_what_another_has(
     log_path: Path, anyio_backend: str
 ) -> None:
     now = Now()
-    async with running(log_path, authenticator=AUTHENTICATOR) as client:
-        client.app.state.context.limits.__init__(2, None, now)
+    async with limited(log_path, 2, now) as client:
         for _ in range(int(2 * BURST_S)):
             assert (await client.http.get("/episodes", headers=bearer("a"))).status_code == 200
         refused = await client.http.get("/episodes", headers=bearer("a"))
@@ -120,28 +138,60 @@ async def test_one_client_does_not_use_up_what_another_has(
         assert 'llm4ehr_refusals_total{reason="too-many-requests"} 1.0' in metrics
 
 
-async def test_the_body_is_not_read_of_who_is_refused(log_path: Path, anyio_backend: str) -> None:
-    read: list[int] = []
+@pytest.mark.parametrize("name", ["nobody", "a", "reader"])
+async def test_the_body_is_not_read_of_who_is_refused(
+    log_path: Path, anyio_backend: str, name: str
+) -> None:
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body was read")
 
-    async def body() -> object:
-        read.append(1)
-        yield b"{}"
+    sent: list[dict[str, Any]] = []
 
-    async with running(log_path, authenticator=AUTHENTICATOR) as client:
-        client.app.state.context.limits.__init__(0.1, None, Now())
-        post = "/episodes/e/observations"
-        assert (await client.http.post(post, content=body())).status_code == 401
-        read.clear()
-        await client.http.get("/episodes", headers=bearer("a"))
-        refused = await client.http.post(post, content=body(), headers=bearer("a"))
-        assert refused.status_code == 429
-        assert (await client.http.get("/episodes/e")).status_code == 401
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async with limited(log_path, 0.1, Now()) as client:
+        await client.http.get("/episodes", headers=bearer("a"))  # its only one for a while
+        key = KEYS.get(name, "wrong")
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "client": ("192.0.2.1", 1),
+            "path": "/episodes/e/observations",
+            "raw_path": b"/episodes/e/observations",
+            "root_path": "",
+            "query_string": b"",
+            "server": ("localhost", 80),
+            "headers": [
+                (b"authorization", f"Bearer {key}".encode()),
+                (b"content-type", b"application/json"),
+            ],
+        }
+        await client.app(scope, receive, send)
+    assert sent[0]["status"] == {"nobody": 401, "a": 429, "reader": 403}[name]
+
+
+async def test_who_asks_too_often_is_named_in_the_log_alone(
+    log_path: Path, anyio_backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.requests")
+    async with limited(log_path, 0.1, Now()) as client:
+        for status in (404, 429, 429):
+            answer = await client.http.get("/episodes/none", headers=bearer("a"))
+            assert answer.status_code == status
+        lines = [record.getMessage() for record in caplog.records if "429" in record.getMessage()]
+        assert len(lines) == 2
+        assert all(line.endswith(" ms a") for line in lines)
+        with apsw.Connection(str(log_path), flags=apsw.SQLITE_OPEN_READONLY) as db:
+            assert list(db.execute("SELECT count(*) FROM audit")) == [(1,)]
 
 
 async def test_guessing_is_slow(log_path: Path, anyio_backend: str) -> None:
     now = Now()
-    async with running(log_path, authenticator=AUTHENTICATOR) as client:
-        client.app.state.context.limits.__init__(1000, None, now)
+    async with limited(log_path, 1000, now) as client:
         statuses = [
             (await client.http.get("/episodes", headers={"Authorization": f"Bearer {i}"}))
             .status_code
@@ -157,8 +207,7 @@ async def test_guessing_is_slow(log_path: Path, anyio_backend: str) -> None:
 async def test_a_neighbour_with_a_wrong_key_shuts_nobody_out(
     log_path: Path, anyio_backend: str
 ) -> None:
-    async with running(log_path, authenticator=AUTHENTICATOR) as client:
-        client.app.state.context.limits.__init__(1000, None, Now())
+    async with limited(log_path, 1000, Now()) as client:
         assert (await client.http.get("/episodes", headers=bearer("a"))).status_code == 200
         for _ in range(int(FAILURES_AT_ONCE)):
             assert (await client.http.get("/episodes")).status_code == 401

@@ -145,6 +145,6 @@ async def serving(repository: Path, log_path: Path, **settings: Any) -> AsyncIte
     transport = httpx.ASGITransport(app=app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as http,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as http,
     ):
         yield House(http, app, repository)
