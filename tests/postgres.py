@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -66,11 +67,20 @@ class Cluster:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    def require(self) -> None:
+        """Have it run, whatever a test that failed did to it."""
+        try:
+            self.resume()
+            psycopg.connect(f"{self.server}/postgres", connect_timeout=10).close()
+        except (OSError, psycopg.Error):
+            self.start()
+
     def _signal(self, number: signal.Signals) -> None:
         main = int((self._data / "postmaster.pid").read_text().splitlines()[0])
         children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
         for process in [main, *map(int, children)]:
-            os.kill(process, number)
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(process, number)
 
     def _run(self, program: str, *arguments: object) -> None:
         command: Sequence[str] = [str(self._programs / program), *map(str, arguments)]

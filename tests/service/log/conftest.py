@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from service.__main__ import main
 from service.log import EventLog, SqliteLog
 from service.log.postgres import PostgresLog
+
+_OLD = Path(__file__).parents[2] / "fixtures" / "log" / "schema_1.db"
 
 
 @pytest.fixture
@@ -103,6 +106,12 @@ def command(
         return status, capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def old_log() -> Callable[[Path], None]:
+    """Makes a file that the last version without hashes wrote: stays of 4 and 7 entries."""
+    return lambda path: shutil.copy(_OLD, path) and None
 
 
 def rows_of_file(path: Path, table: str) -> list[tuple]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
@@ -20,8 +24,7 @@ from service.log.verify import verify
 from tests.service.fakes import at
 from tests.service.log.drafts import line, note
 
-OLD = Path(__file__).parents[2] / "fixtures" / "log" / "schema_1.db"
-"""A file that the last version without hashes wrote."""
+OldLog = Callable[[Path], None]
 
 _ROWS = (
     "SELECT episode_id, seq, kind, item_id, effective_at, available_at, recorded_at, target,"
@@ -39,6 +42,21 @@ def test_this_version_knows_the_last_step() -> None:
 def test_a_database_is_made_in_one_go(empty_postgres_url: str) -> None:
     migrate_postgres(empty_postgres_url)
     migrate_postgres(empty_postgres_url)
+    with psycopg.connect(empty_postgres_url) as db:
+        assert revision_of_postgres(db) == SCHEMA
+
+
+def test_two_that_bring_a_database_up_at_once_do_it_once(empty_postgres_url: str) -> None:
+    command = [sys.executable, "-m", "service", "log", "migrate"]
+    environment = {**os.environ, "LLM4EHR_LOG_URL": empty_postgres_url}
+    with psycopg.connect(empty_postgres_url) as db:
+        db.execute("SELECT pg_advisory_xact_lock(7306085371920384)")
+        processes = [subprocess.Popen(command, env=environment) for _ in range(2)]
+        deadline = time.monotonic() + 60
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        while db.execute(waiting).fetchone() != (2,):
+            assert time.monotonic() < deadline
+    assert [process.wait() for process in processes] == [0, 0]
     with psycopg.connect(empty_postgres_url) as db:
         assert revision_of_postgres(db) == SCHEMA
 
@@ -63,8 +81,10 @@ def test_a_database_of_another_encoding_is_refused(postgres_server: str) -> None
 
 
 @pytest.mark.anyio
-async def test_a_file_from_before_the_hashes_is_brought_up_where_it_stands(log_path: Path) -> None:
-    shutil.copy(OLD, log_path)
+async def test_a_file_from_before_the_hashes_is_brought_up_where_it_stands(
+    log_path: Path, old_log: OldLog
+) -> None:
+    old_log(log_path)
     before = apsw.Connection(str(log_path)).execute(_ROWS).fetchall()
     assert len(before) == 11
     log = SqliteLog(log_path)
@@ -85,9 +105,10 @@ async def test_a_file_from_before_the_hashes_is_brought_up_where_it_stands(log_p
 
 
 def test_the_command_brings_a_file_up(
-    log_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copy(OLD, log_path)
+    log_path: Path, old_log: OldLog, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    old_log(log_path)
     monkeypatch.setenv("LLM4EHR_LOG_PATH", str(log_path))
     assert main(["log", "verify"]) == 1
     assert main(["log", "migrate"]) == 0
@@ -96,10 +117,8 @@ def test_the_command_brings_a_file_up(
     assert main(["log", "migrate", "--grant", "somebody"]) == 1
 
 
-def test_bringing_a_file_up_is_all_or_nothing(
-    log_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copy(OLD, log_path)
+def test_bringing_a_file_up_is_all_or_nothing(log_path: Path, old_log: OldLog) -> None:
+    old_log(log_path)
     seen: list[None] = []
 
     def advance() -> None:
@@ -118,9 +137,11 @@ def test_bringing_a_file_up_is_all_or_nothing(
     db.close()
 
 
-def test_a_new_and_an_old_file_have_the_same_schema(log_path: Path, tmp_path: Path) -> None:
+def test_a_new_and_an_old_file_have_the_same_schema(
+    log_path: Path, tmp_path: Path, old_log: OldLog
+) -> None:
     old = tmp_path / "old.sqlite"
-    shutil.copy(OLD, old)
+    old_log(old)
     schemas = []
     for path in (log_path, old):
         db = apsw.Connection(str(path))
@@ -132,8 +153,8 @@ def test_a_new_and_an_old_file_have_the_same_schema(log_path: Path, tmp_path: Pa
     assert schemas[0] == schemas[1]
 
 
-def test_readers_do_not_bring_a_file_up(log_path: Path) -> None:
-    shutil.copy(OLD, log_path)
+def test_readers_do_not_bring_a_file_up(log_path: Path, old_log: OldLog) -> None:
+    old_log(log_path)
     with pytest.raises(LogUnavailable, match="service log migrate"):
         open_reader(log_path)
     with pytest.raises(LogUnavailable, match="cannot open"):

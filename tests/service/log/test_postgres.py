@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -18,7 +20,8 @@ from service.log.tables import PostgresTables
 from service.log.verify import verify
 from tests.end_to_end.server import free_port
 from tests.postgres import Cluster
-from tests.service.fakes import T0
+from tests.replicas.proxy import Proxy
+from tests.service.fakes import T0, at
 from tests.service.log.drafts import ADMISSION, line, note
 
 pytestmark = pytest.mark.anyio
@@ -37,8 +40,10 @@ def own_server(postgres: Cluster, postgres_url: str) -> Iterator[Cluster]:
     """A server that may be stopped and paused; it runs again afterwards."""
     if f":{postgres.port}/" not in postgres_url:
         pytest.skip("the server of LLM4EHR_TEST_POSTGRES is not ours to stop")
-    yield postgres
-    postgres.resume()
+    try:
+        yield postgres
+    finally:
+        postgres.require()
 
 
 def terminate_others(url: str) -> int:
@@ -88,16 +93,73 @@ async def test_a_server_that_crashed_is_found_again_without_a_write(
 async def test_a_server_that_hangs_holds_nobody_up(
     log: PostgresLog, own_server: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "PATIENCE_S", 0.5)
     monkeypatch.setattr(postgres, "_TRY_AGAIN_S", 0.05)
     await log.append("e", [ADMISSION], T0, 0)
     own_server.pause()
-    with pytest.raises(LogUnavailable):
-        await log.append("e", [note()], T0, 1)
-    assert not log.available()
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "PATIENCE_S", 0.5)
+        with pytest.raises(LogUnavailable):
+            await log.append("e", [note()], T0, 1)
+        assert not log.available()
     own_server.resume()
     await becomes_available(log)
     assert (await log.append("e", [note()], T0, None))[0].seq >= 2
+
+
+async def test_a_way_that_stalls_once_a_connection_stands_holds_nobody_up(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = urlsplit(postgres_url)
+    assert server.port is not None
+    connect = psycopg.AsyncConnection.connect
+
+    with Proxy(server.port) as proxy:
+        log = PostgresLog(postgres_url.replace(f":{server.port}/", f":{proxy.port}/"))
+        await log.open()
+        await log._lanes.drop_idle()
+
+        async def stalled(*arguments: Any, **how: Any) -> Any:
+            db = await connect(*arguments, **how)
+            proxy.turn("stalled")
+            return db
+
+        monkeypatch.setattr(psycopg.AsyncConnection, "connect", stalled)
+        monkeypatch.setattr(lanes, "PATIENCE_S", 1.0)
+        async with asyncio.timeout(60):
+            with pytest.raises(LogUnavailable):
+                await log.append("e", [ADMISSION], T0, 0)
+            proxy.turn("open")
+            with pytest.raises(psycopg.Error):
+                await log._lanes.listen()
+            await log.close()
+
+
+async def test_a_log_that_is_busy_is_not_ill(
+    log: PostgresLog, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "_SESSION", lanes._SESSION + "; SET lock_timeout = '50ms';")
+    await log._lanes.drop_idle()
+    with psycopg.connect(postgres_url) as db:
+        db.execute("LOCK TABLE log IN SHARE ROW EXCLUSIVE MODE")
+        with pytest.raises(LogUnavailable, match="command"):
+            await log.append("e", [ADMISSION], T0, 0)
+    assert log.available()
+    monkeypatch.setattr(lanes, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(log._lanes, "_free", asyncio.Semaphore(0))
+    with pytest.raises(LogUnavailable, match="in use"):
+        await log.append("e", [ADMISSION], T0, 0)
+    assert log.available()
+
+
+async def test_heads_are_read_in_pages(log: PostgresLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["", "a", "é", "z", "\U0001f600", "\uffee", "zz"]
+    for name in names:
+        await log.append(name, [ADMISSION, note()], T0, 0)
+    await log.append("b", [ADMISSION], at(1), 0)
+    for page in (1, 2, 3, 4, 8, 9):
+        monkeypatch.setattr(postgres, "_HEADS_AT_A_TIME", page)
+        heads = await log.heads()
+        assert list(heads.items()) == [("b", 1), *((name, 2) for name in sorted(names))]
 
 
 def _before_commit(

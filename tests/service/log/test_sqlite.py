@@ -48,15 +48,6 @@ async def test_the_database_itself_refuses_to_change_entries(
     await log.close()
 
 
-async def test_a_second_process_is_refused(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    with pytest.raises(LogUnavailable, match="another process"):
-        SqliteLog(log_path)
-    assert (await log.append("e", [ADMISSION], T0, 0))[0].seq == 1
-    await log.close()
-    await SqliteLog(log_path).close()
-
-
 async def test_appends_that_wait_are_committed_together(
     log_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
