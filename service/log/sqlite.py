@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -42,7 +43,9 @@ MAX_GROUP = 256
 # How often a log that could not be written is tried again while nobody writes.
 _TRY_AGAIN_S = 5.0
 
-_INSERT = "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+# Under a savepoint each statement costs as much as several rows, so rows go in together; SQLite
+# takes no more than 32,766 values in one.
+_ROWS_AT_A_TIME = 256
 _INSERT_AUDIT = "INSERT INTO audit VALUES (?, ?, ?, ?, ?)"
 _HEAD = "SELECT seq, hash FROM log WHERE episode_id = ? ORDER BY seq DESC LIMIT 1"
 _RETIRED = "SELECT EXISTS (SELECT 1 FROM retired WHERE episode_id = ?)"
@@ -300,7 +303,11 @@ class SqliteLog(EventLog):
         if write.expected_seq is not None and head != write.expected_seq:
             raise SequenceConflict(f"the episode ends at {head}, not {write.expected_seq}")
         entries = number(write.episode_id, head, write.drafts, write.recorded_at)
-        db.executemany(_INSERT, to_rows(entries, previous))
+        rows = to_rows(entries, previous)
+        for first in range(0, len(rows), _ROWS_AT_A_TIME):
+            some = rows[first : first + _ROWS_AT_A_TIME]
+            places = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(some))
+            db.execute(f"INSERT INTO log VALUES {places}", list(chain.from_iterable(some)))
         return entries
 
 
