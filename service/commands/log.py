@@ -19,7 +19,7 @@ from service.log import backup, retention
 from service.log.migrate import SCHEMA, migrate_postgres
 from service.log.sqlite_file import FileLock, open_writer, real
 from service.log.tables import CHAINED, SqliteTables, Tables, open_tables
-from service.log.verify import Finding, read_anchors, verify, write_anchors
+from service.log.verify import Finding, read_anchors, retired_heads, verify, write_anchors
 from service.settings import Settings
 
 
@@ -88,11 +88,17 @@ def _migrate_file(path: Path) -> None:
 
 def _verify(a: argparse.Namespace) -> None:
     kept = read_anchors(a.anchors)
-    with open_tables(Settings()) as tables, _progress("verifying", tables) as advance:
-        findings = verify(tables, kept, advance)
-    _report(findings)
+    with open_tables(Settings()) as tables:
+        with _progress("verifying", tables) as advance:
+            findings = verify(tables, kept, advance)
+        with tables.snapshot():
+            retired = retired_heads(tables).keys()
     for path in a.anchors:
         _say(f"compared with {path}, SHA-256 {_digest(path)}")
+    if a.anchors:
+        since = len((retired & kept["log"].keys()) - kept["retired"].keys())
+        _say(f"{since} episodes of the anchors were retired since")
+    _report(findings)
 
 
 def _anchor(a: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ from pathlib import Path
 import apsw
 import pytest
 
+from service.__main__ import main
+from service.core import Draft
 from service.log import LogUnavailable, SqliteLog, sqlite
 from service.log.tables import open_tables
 from service.log.verify import verify
 from service.settings import Settings
-from tests.service.fakes import Client, hr, running, stamp
+from tests.service.fakes import T0, Client, hr, running, stamp
 
 pytestmark = pytest.mark.anyio
 
@@ -117,6 +120,29 @@ async def test_a_disk_that_became_read_only(log_path: Path, anyio_backend: str) 
         writer.pragma("query_only", 0)
         await assert_well_again(client)
     assert_sound(log_path)
+
+
+async def test_neither_a_backup_nor_a_log_that_does_not_fit_is_left_in_part(
+    small_disk: Path, log_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    log = SqliteLog(log_path)
+    for i in range(40):
+        note = Draft(kind="event", payload={"text": "x" * 100_000})
+        await log.append(f"e{i}", [note], T0, 0)
+    await log.close()
+    monkeypatch.setenv("LLM4EHR_LOG_PATH", str(log_path))
+    assert main(["log", "backup", "--out", str(small_disk / "backup")]) == 1
+    assert os.listdir(small_disk) == []
+    assert main(["log", "backup", "--out", str(log_path.with_name("backup"))]) == 0
+    small = small_disk / "log.sqlite"
+    monkeypatch.setenv("LLM4EHR_LOG_PATH", str(small))
+    capsys.readouterr()
+    assert main(["log", "restore", "--from", str(log_path.with_name("backup"))]) == 1
+    assert "error: the log: " in capsys.readouterr().err
+    log = SqliteLog(small)  # nobody has it, and nothing is in it
+    assert await log.heads() == {}
+    await log.close()
 
 
 async def test_a_disk_that_is_read_only_at_the_start(small_disk: Path) -> None:

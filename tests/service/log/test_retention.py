@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -140,8 +141,12 @@ def test_anchors_hold_what_was_removed(
     for name in ("a", "b", "c"):
         add(name, 0, ADMISSION, note())
         command("retain", "--episode", name)
+    for name in ("d", "e"):
+        add(name, 0, ADMISSION, note())
     anchors = tmp_path / "anchors"
     assert command("anchor", "--out", anchors)[0] == 0
+    assert command("verify", "--anchors", anchors) == (0, "")
+    command("retain", "--episode", "d")
     assert command("verify", "--anchors", anchors) == (0, "")
     tamper("DELETE FROM retired WHERE episode_id = 'a'")
     tamper("UPDATE retired SET hash = :h WHERE episode_id = 'b'")
@@ -173,3 +178,12 @@ def test_what_a_command_writes_is_on_disk_whatever_the_database_says(postgres_ur
         db.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
     with open_tables(Settings(log_url=postgres_url), writes=True) as target, target.transaction():
         assert target.execute("SHOW synchronous_commit") == [("on",)]
+
+
+def test_a_database_of_another_schema_is_let_go(empty_postgres_url: str) -> None:
+    with pytest.raises(LogUnavailable, match="log migrate"):
+        open_tables(Settings(log_url=empty_postgres_url))
+    gc.collect()  # a connection that is left open is a warning
+    with psycopg.connect(empty_postgres_url) as db:
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        assert db.execute(others).fetchone() == (1,)
