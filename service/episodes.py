@@ -284,8 +284,10 @@ class EpisodeService:
                 record_of(visit, _action(state, drafts), "success", to_us(now)),
             )
         except Unconfirmed:
-            # Whether it is recorded is found out by the next look at the log.
+            # Whether it is recorded is found out by the next look at the log: that of who sends it
+            # again, to whichever replica, or our own, for the list.
             self._memory.drop(episode_id)
+            self._models.look_at(episode_id)
             raise
         except Retired:
             raise DeletedEpisode from None

@@ -140,6 +140,12 @@ class Models:
             if version.live is not None:
                 version.live.changed(state, urgent=urgent)
 
+    def look_at(self, episode_id: str) -> None:
+        """Find out, when there is time, what the log has of an episode."""
+        for version in self._versions.values():
+            if version.live is not None:
+                version.live.catch_up.leave_behind(episode_id)
+
     def forget(self, episode_id: str) -> None:
         """Know nothing of an episode any more."""
         for version in self._versions.values():

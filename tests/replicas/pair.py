@@ -50,11 +50,19 @@ class Pair:
         async with asyncio.timeout(_PATIENCE_S):
             while True:
                 said = [(await c.http.get("/episodes")).json() for c in self.clients]
-                rows = [row for one in said for row in one["episodes"] if row["hour"] is not None]
-                scored = all(row["scored_seq"] == row["seq"] for row in rows)
-                if all(one["complete"] for one in said) and scored:
+                if all(one["complete"] and self._is_up(one["episodes"]) for one in said):
                     return said
                 await asyncio.sleep(0.005)
+
+    def _is_up(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether a list has all that the store has, scored."""
+        held = {
+            name: len(entries)
+            for name, entries in self.store.entries.items()
+            if entries[-1].kind != "deletion" and name not in self.store.corrupt
+        }
+        scored = all(row["scored_seq"] == row["seq"] for row in rows if row["hour"] is not None)
+        return scored and held.items() <= {row["episode_id"]: row["seq"] for row in rows}.items()
 
 
 @asynccontextmanager

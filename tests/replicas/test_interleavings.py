@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests.replicas.shared_log import Fault
 from tests.service.fakes import creatinine, hr, stamp
 
 EPISODES = ("e", "f")
+EXAMPLES = 100 if "LLM4EHR_TEST_PAUSE_SECONDS" in os.environ else 20
+"""More in `make torture`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Writer:
 
 
 @settings(
-    max_examples=40,
+    max_examples=EXAMPLES,
     phases=[Phase.explicit, Phase.generate],  # an example takes too long to be made smaller
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -200,5 +200,5 @@ def test_a_replica_without_the_log_says_so_and_comes_back(
 
 def test_a_slow_way_to_the_log_changes_no_answer(two: Two, replica: Replica) -> None:
     two.proxy.delay_s = 0.03
-    two.load(30)
+    two.load(15)
     two.judge(replica)

@@ -184,6 +184,23 @@ async def test_a_write_whose_confirmation_was_lost(tmp_path: Path, fault: Fault)
             expected = "duplicate"
 
 
+@pytest.mark.parametrize("sent_again_to", [0, 1, None])
+async def test_what_was_never_confirmed_is_listed_by_who_wrote_it(
+    tmp_path: Path, sent_again_to: int | None
+) -> None:
+    """Whoever is asked what became of it, and if nobody is."""
+    async with pair(tmp_path) as replicas:
+        replicas.logs[0].faults.append("recorded")
+        body = {"admitted_at": stamp(0), "observations": [hr()]}
+        assert (await replicas.a.post(**body)).status_code == 503
+        if sent_again_to is not None:
+            again = await replicas.clients[sent_again_to].post(**body)
+            assert again.json()["items"][0]["status"] == "duplicate"
+        one, other = await settled(replicas)
+        assert one == other
+        assert one["e"]["scored_seq"] == 2
+
+
 async def test_an_instant_is_answered_once_the_writes_before_it_are_in_the_log(
     tmp_path: Path,
 ) -> None:
