@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.http_protocol import HttpProtocol
 from service.lifecycle import Lifecycle
 from service.settings import Settings
 
@@ -59,6 +60,9 @@ class Server(uvicorn.Server):
             # The peer is who connects; what a gateway says of its client is for `service.access`.
             proxy_headers=False,
             server_header=False,
+            http=HttpProtocol,
+            ws="none",
+            limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=max(int(_REQUESTS * (self._timeout_s - self._grace_s)), 1),
         )
         super().__init__(config)

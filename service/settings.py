@@ -126,6 +126,9 @@ class Settings(BaseSettings):
     max_waiting_writes: Annotated[int, Field(ge=1)] = 1024
     """Most writes waiting for the log before it answers `overloaded`."""
 
+    max_connections: Annotated[int, Field(ge=1)] = 1000
+    """Most connections at a time; who comes then is told to come again."""
+
     max_in_flight_per_client: Annotated[int, Field(ge=1)] | None = None
     """Most requests of one client at a time; None: no limit."""
 

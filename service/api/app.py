@@ -38,6 +38,7 @@ from service.api.limits import Limits
 from service.api.metrics import Metrics, Observe
 from service.api.open_demo import OpenDemo, warn
 from service.api.pulse import Pulse
+from service.api.room import Room
 from service.api.trail import AuditTrail
 from service.api.window import Window
 from service.audit import Auditor
@@ -220,6 +221,7 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
     # What is added later is further out.
     app.add_middleware(AuditTrail, trail=trail, clock=deps.clock)
     deps.tracing.install(app)
+    app.add_middleware(Room, refused=metrics.refused)
     if is_open:
         app.add_middleware(OpenDemo, host=settings.host)
     app.add_middleware(Observe, metrics=metrics, lifecycle=lifecycle)

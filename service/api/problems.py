@@ -61,6 +61,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "issuer-unavailable": (503, "The keys of the issuer of tokens are not to be had"),
     "log-unavailable": (503, "The log is unavailable; nothing was recorded"),
     "log-busy": (503, "Too many writes wait for the log; nothing was recorded"),
+    "too-many-connections": (503, "There are as many connections as may be"),
     "overloaded": (503, "The engine is overloaded"),
     "log-slow": (503, "The log did not confirm in time; the write may be recorded all the same"),
     "deadline-exceeded": (503, "The answer was not ready in time"),

@@ -70,7 +70,7 @@ def half_sent(port: int, episode: str) -> Iterator[tuple[socket.socket, bytes]]:
     admitted_at = format_time(datetime.now(UTC) - timedelta(hours=1))
     body = json.dumps({"admitted_at": admitted_at, "observations": [observation]}).encode()
     head = (
-        f"POST /episodes/{episode}/observations HTTP/1.1\r\nHost: x\r\n"
+        f"POST /episodes/{episode}/observations HTTP/1.1\r\nHost: localhost\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode()
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
