@@ -87,8 +87,9 @@ class EventLog(ABC):
 
     @abstractmethod
     def changes(self) -> AsyncIterator[str | None]:
-        """Episodes that other processes wrote to, as they do; None when some may have been missed:
-        compare with `heads` then. Begins with None. Never ends in a shared log; ends at once in one
+        """Episodes that other processes wrote to, as they do, and those of our own writes that went
+        through after they were Unconfirmed; None when some may have been missed: compare with
+        `heads` then. Begins with None. Never ends in a shared log; ends at once in one
         that is not. Never raises LogUnavailable: it connects again.
         """
 

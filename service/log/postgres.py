@@ -19,7 +19,7 @@ from typing import ClassVar, LiteralString, TypeVar
 import psycopg
 
 from service.entries import Draft, Entry
-from service.log.base import EventLog, LogUnavailable, Retired, SequenceConflict
+from service.log.base import EventLog, LogUnavailable, Retired, SequenceConflict, Unconfirmed
 from service.log.migrate import RETIRED_STATE, WrongSchema, require_known
 from service.log.postgres_lanes import CHANNEL, Busy, Connection, Lane, Lanes, is_lost
 from service.log.rows import FIRST, Row, from_rows, number, require_chain, to_rows
@@ -93,6 +93,8 @@ class PostgresLog(EventLog):
         self._well = True
         self._ill = asyncio.Event()
         self._closed = False
+        self._unconfirmed: set[str] = set()
+        """Episodes with a write that may still go through, and be the only one to know of."""
         self._running: set[asyncio.Task[object]] = set()
         self._trial: asyncio.Task[None] | None = None
 
@@ -139,7 +141,11 @@ class PostgresLog(EventLog):
                 if lines:
                     await lane.db.execute(_INSERT_AUDIT, _columns(lines))
                 await lane.db.execute(_NOTIFY, (f"{self._writer} {episode_id}",))
-            await lane.commit()
+            try:
+                await lane.commit()
+            except Unconfirmed:
+                self._unconfirmed.add(episode_id)
+                raise
             lane.audit = audit
             return entries
 
@@ -187,6 +193,9 @@ class PostgresLog(EventLog):
                 async for notice in db.notifies():
                     writer, _, episode_id = notice.payload.partition(" ")
                     if writer != self._writer:
+                        yield episode_id
+                    elif episode_id in self._unconfirmed:
+                        self._unconfirmed.discard(episode_id)
                         yield episode_id
             except psycopg.Error:
                 yield None  # at once as well: who follows is to know that it does not hear

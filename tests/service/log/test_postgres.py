@@ -274,6 +274,34 @@ async def test_others_are_told_what_was_written(log: PostgresLog, postgres_url: 
     await other.close()
 
 
+async def test_a_commit_that_goes_through_after_it_was_given_up_is_told_of(
+    log: PostgresLog, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is slow for longer than anybody waits."""
+    changes = log.changes()
+    with psycopg.connect(postgres_url, autocommit=True) as db:
+        db.execute(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$"
+            " BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END $$"
+        )
+        db.execute(
+            "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON log DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION wait()"
+        )
+        db.execute("SELECT pg_advisory_lock(1)")
+        async with asyncio.timeout(60):
+            assert await anext(changes) is None
+            monkeypatch.setattr(lanes, "PATIENCE_S", 0.2)
+            with pytest.raises(Unconfirmed):
+                await log.append("e", [ADMISSION], T0, 0)
+            monkeypatch.undo()
+            assert await log.heads() == {}
+            db.execute("SELECT pg_advisory_unlock(1)")
+            assert await anext(changes) == "e"
+            assert await log.heads() == {"e": 1}
+    await changes.aclose()
+
+
 async def test_replicas_are_told_what_was_removed(log: PostgresLog, postgres_url: str) -> None:
     await log.append("e", [ADMISSION], T0, 0)
     changes = log.changes()
