@@ -65,6 +65,8 @@ def configure(log_format: Format) -> None:
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+    # It tells of every start what it did not have to do.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.captureWarnings(True)
 
 

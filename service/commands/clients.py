@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,7 +54,13 @@ def add(commands: Commands) -> None:
 
 
 def _new_key(a: argparse.Namespace) -> None:
-    path = _path(a)
+    with _held(_path(a)) as path:
+        key = _add_key(a, path)
+    print("this key is shown once:", file=sys.stderr)
+    print(key)
+
+
+def _add_key(a: argparse.Namespace, path: Path) -> str:
     clients = list(read(path)) if path.exists() else []
     known = next((c for c in clients if c.id == a.id), None)
     key = new_key(a.id)
@@ -73,12 +81,17 @@ def _new_key(a: argparse.Namespace) -> None:
             _with_keys(c, (*c.key_sha256, digest(key))) if c is known else c for c in clients
         ]
     _write(path, clients)
-    print("this key is shown once:", file=sys.stderr)
-    print(key)
+    return key
 
 
 def _remove_key(a: argparse.Namespace) -> None:
-    path = _path(a)
+    with _held(_path(a)) as path:
+        is_known = _take_key(a, path)
+    print("the key is removed" if is_known else "the key is removed, and with it the client")
+
+
+def _take_key(a: argparse.Namespace, path: Path) -> bool:
+    """Whether there is anything left by which the client is known."""
     clients = read(path)
     known = next((c for c in clients if c.id == a.id), None)
     found = [] if known is None else [d for d in known.key_sha256 if d.startswith(a.key)]
@@ -88,7 +101,7 @@ def _remove_key(a: argparse.Namespace) -> None:
     is_known = bool(left or known.certificate_subject or known.token_subject)
     changed = [_with_keys(known, left)] if is_known else []
     _write(path, [other for c in clients for other in (changed if c is known else [c])])
-    print("the key is removed" if is_known else "the key is removed, and with it the client")
+    return is_known
 
 
 def _show(a: argparse.Namespace) -> None:
@@ -104,6 +117,22 @@ def _path(a: argparse.Namespace) -> Path:
     if path is None:
         raise ValueError("name the file: --file, or LLM4EHR_CLIENTS_FILE")
     return path
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[Path]:
+    """The file itself, which nobody else changes by these commands meanwhile; durable at the end.
+
+    It is the folder that is locked: the file is replaced by another one.
+    """
+    path = path.resolve()
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield path
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _client(values: dict[str, Any]) -> Client:
@@ -122,17 +151,20 @@ def _with_keys(client: Client, digests: tuple[str, ...]) -> Client:
 def _write(path: Path, clients: Sequence[Client]) -> None:
     """Put a new file in the place of the old one, at once. Comments in it are lost."""
     Clients(clients)
-    path = path.resolve()
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        entries = [_entry(client) for client in clients]
-        yaml.safe_dump({"clients": entries}, file, sort_keys=False, allow_unicode=True)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        before = path.stat()
-        os.chmod(file.name, stat.S_IMODE(before.st_mode))
-        os.chown(file.name, before.st_uid, before.st_gid)
-    os.replace(file.name, path)
+        try:
+            entries = [_entry(client) for client in clients]
+            yaml.safe_dump({"clients": entries}, file, sort_keys=False, allow_unicode=True)
+            file.flush()
+            if path.exists():
+                before = path.stat()
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+                os.fchown(file.fileno(), before.st_uid, before.st_gid)
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _entry(client: Client) -> dict[str, Any]:

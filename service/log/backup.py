@@ -10,7 +10,7 @@ import apsw
 
 from service.log.base import LogCorrupt, LogUnavailable
 from service.log.migrate import WrongSchema, migrate_file
-from service.log.sqlite_file import open_reader
+from service.log.sqlite_file import make_private, open_reader
 from service.log.tables import CHAINED, SqliteTables, Table, Tables, text_of
 from service.log.verify import Finding, follow
 
@@ -52,12 +52,13 @@ def back_up(source: Tables, out: Path, advance: Advance) -> list[Finding]:
 def _new(path: Path) -> Tables:
     """A file with the schema and nothing else. Raises LogUnavailable."""
     try:
+        make_private(path)
         db = apsw.Connection(str(path))
         # Until it is complete there is nothing to protect.
         db.pragma("journal_mode", "off")
         db.pragma("synchronous", "off")
         migrate_file(db)
-    except apsw.Error as error:
+    except (apsw.Error, OSError) as error:
         raise LogUnavailable(f"cannot write {path}: {error}") from error
     return SqliteTables(db)
 

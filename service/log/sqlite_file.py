@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable
@@ -79,6 +80,16 @@ class OpenFiles:
         return [(file.st_dev, file.st_ino) for file in found]
 
 
+def make_private(path: Path) -> None:
+    """An empty file that its owner alone can read; SQLite makes those beside it alike.
+
+    One that is there stays as it is, and is not opened: to close it would end locks on it that
+    other connections of this process hold. Raises OSError.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(os.path.realpath(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 def open_writer(path: Path, advance: Callable[[], None] = lambda: None) -> apsw.Connection:
     """The connection that writes and checkpoints, its schema up to date; the lock must be held.
 
@@ -87,6 +98,7 @@ def open_writer(path: Path, advance: Callable[[], None] = lambda: None) -> apsw.
     _require_library()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path)
         db = apsw.Connection(str(path))
     except (apsw.Error, OSError) as error:
         raise LogUnavailable(f"cannot open the log {path}: {error}") from error

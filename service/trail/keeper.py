@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
+from collections.abc import Callable
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -24,6 +26,9 @@ PATIENCE_S = 1.0
 MAX_WAITING = 10_000
 """Most lines in memory, about 1 KiB each."""
 
+SAY_AGAIN_S = 60.0
+"""How often the application's log tells of lines that are lost."""
+
 _GROUP = 256
 _TRY_AGAIN_S = 1.0
 _FLUSH_S = 3.0
@@ -34,8 +39,17 @@ _logger = logging.getLogger(__name__)
 class Trail:
     """Writes lines of the audit trail. Runs on one event loop."""
 
-    def __init__(self, log: EventLog, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        registry: CollectorRegistry,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._log = log
+        self._clock = clock
+        self._unsaid = 0
+        """Lost lines of which the application's log does not tell yet."""
+        self._said_at: float | None = None
         self._waiting: deque[AuditRecord] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
         self._late = 0
@@ -75,6 +89,8 @@ class Trail:
         if self._waiting:
             self._lose(len(self._waiting), "the log is unavailable at the end")
             self._waiting.clear()
+        if self._unsaid:
+            self._say("said at the end")
 
     async def write(self, record: AuditRecord) -> None:
         """Write a line: durable when this returns, unless the log is unavailable or slow."""
@@ -152,8 +168,17 @@ class Trail:
                     await self._wake.wait()
 
     def _lose(self, n: int, why: str) -> None:
+        """Count lines that are lost, and say so, though not of each: there may be a great many."""
         self._lost.inc(n)
-        _logger.error("%d lines of the audit trail are lost: %s", n, why)
+        self._unsaid += n
+        now = self._clock()
+        if self._said_at is None or now - self._said_at >= SAY_AGAIN_S:
+            self._said_at = now
+            self._say(why)
+
+    def _say(self, why: str) -> None:
+        _logger.error("%d lines of the audit trail are lost: %s", self._unsaid, why)
+        self._unsaid = 0
 
 
 async def _finish(tasks: set[asyncio.Task[None]]) -> None:

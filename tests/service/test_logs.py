@@ -55,6 +55,15 @@ def test_text() -> None:
         ]
 
 
+def test_migrations_tell_of_what_is_wrong_alone() -> None:
+    with alone() as stream:
+        logs.configure("text")
+        logger = logging.getLogger("alembic.runtime.migration")
+        logger.info("Context impl SQLiteImpl.")
+        logger.warning("odd")
+        assert stream.getvalue().splitlines() == ["WARNING alembic.runtime.migration: odd"]
+
+
 def test_json() -> None:
     with alone() as stream:
         logs.configure("text")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import stat
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from service.__main__ import main
 from service.access.authenticator import Unauthenticated
-from service.access.clients import Clients, read
+from service.access.clients import Client, Clients, read
 from service.access.keys import digest
 from service.access.principal import Scope
+from service.commands import clients as command
+from service.commands.clients import _client, _held, _write
+
+KEY = {"key_sha256": ["0" * 64]}
 
 
 @pytest.fixture
@@ -124,3 +130,41 @@ def test_a_file_has_to_be_named(
     assert main(["clients", "new-key", "--id", "feed", "--scopes", "read"]) == 0
     assert main(["clients", "list"]) == 0
     assert "id=feed" in capsys.readouterr().out
+
+
+def test_keys_that_are_made_at_once_are_all_kept(
+    path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command begins while one has read the file and not written it yet."""
+    others: list[threading.Thread] = []
+
+    def add(name: str) -> None:
+        with _held(path) as file:
+            _write(file, [*read(file), _client({"id": name, "scopes": ["read"], **KEY})])
+
+    def slowly(file: Path, clients: Sequence[Client]) -> None:
+        if not others:
+            others.append(threading.Thread(target=add, args=("other",)))
+            others[0].start()
+            others[0].join(0.2)
+        _write(file, clients)
+
+    monkeypatch.setattr(command, "_write", slowly)
+    shell("new-key", "--id", "first", "--scopes", "read")
+    others[0].join(60)
+    assert {client.id for client in read(path)} == {"first", "other"}
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(
+    path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("new-key", "--id", "first", "--scopes", "read")
+    before = path.read_text()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(command.os, "fchown", refuse)
+    assert "not yours" in shell.fails("new-key", "--id", "second", "--scopes", "read")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.read_text() == before

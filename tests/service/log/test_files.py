@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -275,4 +276,25 @@ async def test_bringing_a_file_up_survives_kill_9(
     assert await log.heads() == {"stay-a": 4, "stay-b": 7}
     for episode in ("stay-a", "stay-b"):
         await log.verify(episode)
+    await log.close()
+
+
+@pytest.fixture
+def everybody_may_read() -> Iterator[None]:
+    """Whoever started the process lets others read what it makes."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("everybody_may_read")
+async def test_its_owner_alone_may_read_what_is_recorded(log_path: Path, tmp_path: Path) -> None:
+    log = SqliteLog(log_path)
+    await log.append("e", [ADMISSION], T0, 0)
+    backup = tmp_path / "backup.sqlite"
+    with SqliteTables(open_reader(log_path)) as source:
+        back_up(source, backup, lambda _: None)
+    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in os.listdir(tmp_path)}
+    ours = (f"{log_path.name}{end}" for end in ("", "-wal", "-shm", ".lock"))
+    assert modes == {**dict.fromkeys(ours, 0o600), backup.name: 0o600}
     await log.close()

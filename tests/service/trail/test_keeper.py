@@ -62,7 +62,8 @@ class House:
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.registry = CollectorRegistry()
-        self.trail = Trail(cast(EventLog, self.ledger), self.registry)
+        self.now = 0.0
+        self.trail = Trail(cast(EventLog, self.ledger), self.registry, lambda: self.now)
 
     def metric(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"llm4ehr_audit_{name}", labels)
@@ -159,6 +160,17 @@ async def test_a_line_that_cannot_be_written_does_not_stand_in_the_way_of_others
         await house.trail.write(line("b"))
         assert house.ledger.lines == ["b"]
         assert house.metric("lost_total") == 1
+
+
+async def test_lost_lines_are_told_of_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    async with housed() as house:
+        house.ledger.error = ValueError("not text")
+        for step in (0, 1, 0, 0, keeper.SAY_AGAIN_S, 0):
+            house.now += step
+            await house.trail.write(line("a"))
+        assert house.metric("lost_total") == 6
+    told = [r.getMessage().partition(" ")[0] for r in caplog.records if r.levelname == "ERROR"]
+    assert told == ["1", "4", "1"]
 
 
 async def test_who_goes_away_leaves_the_line() -> None:
