@@ -1,4 +1,4 @@
-"""Pages that say what is tested name tests that exist, one at least in every line."""
+"""Pages that say what is tested name tests that exist; what a page links to is there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 PAGES = ["security.md", "operations.md", "governance.md"]
+_LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
 _NAMED = re.compile(r"`([\w/]+\.py)::(test_\w+)`")
 
 
@@ -45,3 +46,24 @@ def test_every_line_names_its_test(page: str) -> None:
 def test_every_risk_of_the_top_ten_is_there() -> None:
     text = (DOCS / "security.md").read_text()
     assert re.findall(r"^\| API(\d+) ", text, re.MULTILINE) == [str(n) for n in range(1, 11)]
+
+
+def headings_of(page: Path) -> set[str]:
+    """The names by which the headings of a page are linked to."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [*TESTS.parent.glob("*.md"), *DOCS.rglob("*.md")]
+    broken = []
+    for page in pages:
+        for path, heading in _LINK.findall(page.read_text()):
+            if path.startswith(("http:", "https:")):
+                continue
+            target = page.parent / path if path else page
+            if not target.exists() or (heading and heading not in headings_of(target)):
+                broken.append(f"{page.name}: {path}#{heading}")
+    assert len(pages) > 20
+    assert broken == []
