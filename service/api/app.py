@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.concurrency import run_in_threadpool
 
 from llm4ehr import __version__
 from service import timing
@@ -157,6 +158,8 @@ def create_app(settings: Settings, deps: Dependencies) -> FastAPI:
         loop = asyncio.get_running_loop()
         before = loop.get_exception_handler()
         loop.set_exception_handler(_report)
+        # Makes the framework import what it needs to answer: later there may be no descriptor left.
+        await run_in_threadpool(lambda: None)
         await log.open()
         trail.start()
         service.start()
