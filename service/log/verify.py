@@ -8,12 +8,13 @@ anew. An anchor does: where every chain had got to, kept in another place.
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TextIO
 
 from service.log.base import LogCorrupt
 from service.log.rows import FIRST, Row, chain_hash, from_audit_row
@@ -171,26 +172,35 @@ def _of_retired(
 
 
 def write_anchors(tables: Tables, out: Path) -> int:
-    """Write where every chain has got to, and what was removed, into a new file; returns how many
-    there are.
+    """Write where every chain has got to, and what was removed, into a new file that its owner
+    alone can read; returns how many there are. What fails leaves no file.
 
     One JSON object a line. Raises FileExistsError, LogUnavailable, OSError.
     """
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            return _write_anchors(tables, file)
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
+
+
+def _write_anchors(tables: Tables, file: TextIO) -> int:
     n = 0
-    with out.open("x") as file:
-        file.write(json.dumps({"format": _FORMAT}) + "\n")
-        with tables.snapshot():
-            for table, chain in (("log", "episode_id"), ("audit", "writer")):
-                for name, seq, hashed in tables.execute(
-                    f"SELECT {chain}, seq, hash FROM {table} JOIN (SELECT {chain}, max(seq) AS seq"
-                    f" FROM {table} GROUP BY {chain}) AS last USING ({chain}, seq)"
-                    f" ORDER BY {chain}"
-                ):
-                    file.write(_anchor(table, name, Head(seq, hashed)))
-                    n += 1
-            for name, head in retired_heads(tables).items():
-                file.write(_anchor("retired", name, head))
+    file.write(json.dumps({"format": _FORMAT}) + "\n")
+    with tables.snapshot():
+        for table, chain in (("log", "episode_id"), ("audit", "writer")):
+            for name, seq, hashed in tables.execute(
+                f"SELECT {chain}, seq, hash FROM {table} JOIN (SELECT {chain}, max(seq) AS seq"
+                f" FROM {table} GROUP BY {chain}) AS last USING ({chain}, seq)"
+                f" ORDER BY {chain}"
+            ):
+                file.write(_anchor(table, name, Head(seq, hashed)))
                 n += 1
+        for name, head in retired_heads(tables).items():
+            file.write(_anchor("retired", name, head))
+            n += 1
     return n
 
 

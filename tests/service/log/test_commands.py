@@ -87,6 +87,7 @@ def test_anchors_find_what_a_chain_cannot_show(
     [(writer,)] = execute("SELECT DISTINCT writer FROM audit")
     anchors, later = tmp_path / "anchors", tmp_path / "later"
     assert command("anchor", "--out", anchors)[0] == 0
+    assert anchors.stat().st_mode & 0o777 == 0o600  # it names stays
     assert command("anchor", "--out", anchors)[0] == 1  # a file that is there is kept
     tamper("DELETE FROM log WHERE episode_id = 'a' AND seq > 4")
     tamper("DELETE FROM log WHERE episode_id = 'b'")
