@@ -5,28 +5,28 @@ from __future__ import annotations
 import os
 import secrets
 import ssl
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
 from tests.deploy.certificates import Authority
-from tests.deploy.programs import DEPLOY, program, run, until
+from tests.deploy.programs import DEPLOY, Running, program, run
 from tests.end_to_end.server import PATIENCE_S, free_port
 
 TEMPLATE = DEPLOY / "gateway" / "nginx.conf.template"
 
 
-class Gateway:
+class Gateway(Running):
     """nginx before replicas on these ports. As a context: started and answering, ended after."""
 
     def __init__(
         self, folder: Path, replica_ports: Sequence[int], *, max_fails: int = 2, **words: Any
     ) -> None:
         self.folder = folder
+        self.output = folder / "nginx.txt"
         self.port, self._health_port = free_port(), free_port()
         self.address = f"https://127.0.0.1:{self.port}"
         self.authority = Authority(folder / "secrets", "ca")
@@ -49,7 +49,6 @@ class Gateway:
             "GATEWAY_BURST": 1000,
             "GATEWAY_CONNECTIONS": 32,
         } | {f"GATEWAY_{name.upper()}": value for name, value in words.items()}
-        self._process: subprocess.Popen[bytes] | None = None
 
     def _make_secret(self) -> None:
         secret = secrets.token_hex(32)
@@ -71,32 +70,14 @@ class Gateway:
         """Have nginx judge the configuration."""
         run(program("nginx"), "-t", "-q", "-e", "stderr", "-c", self.write())
 
-    def __enter__(self) -> Self:
+    def command(self) -> list[str]:
         # Started by root it would write as somebody who cannot enter the folders of tests.
         more = "daemon off;" + (" user root;" if os.geteuid() == 0 else "")
-        command = [program("nginx"), "-e", "stderr", "-c", str(self.write()), "-g", more]
-        with (self.folder / "nginx.txt").open("wb") as output:
-            self._process = subprocess.Popen(command, stdout=output, stderr=output)
-        try:
-            until(self._answers)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        return [program("nginx"), "-e", "stderr", "-c", str(self.write()), "-g", more]
 
-    def __exit__(self, *_: object) -> None:
-        assert self._process is not None
-        self._process.terminate()
-        self._process.wait(PATIENCE_S)
-
-    def _answers(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, (self.folder / "nginx.txt").read_text()
-        try:
-            url = f"http://127.0.0.1:{self._health_port}/health"
-            return httpx.get(url, timeout=PATIENCE_S).status_code == 204
-        except httpx.TransportError:
-            return False
+    def answers(self) -> bool:
+        url = f"http://127.0.0.1:{self._health_port}/health"
+        return httpx.get(url, timeout=PATIENCE_S).status_code == 204
 
     def tls(self, certificate: tuple[Path, Path] | None = None) -> ssl.SSLContext:
         """Trusts this gateway, and shows a client's certificate if there is one."""

@@ -8,9 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
+import httpx
 import pytest
 
 from service.__main__ import main
@@ -49,6 +52,45 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not get there"
         time.sleep(0.05)
+
+
+class Running(ABC):
+    """A program in a process of its own. As a context: started and answering, ended after."""
+
+    output: Path
+    """What it says, for when it does not start."""
+    _process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """What to start."""
+
+    @abstractmethod
+    def answers(self) -> bool:
+        """Whether it is ready. An httpx.TransportError says that it is not."""
+
+    def __enter__(self) -> Self:
+        with self.output.open("wb") as output:
+            self._process = subprocess.Popen(self.command(), stdout=output, stderr=output)
+        try:
+            until(self._is_ready)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(PATIENCE_S)
+
+    def _is_ready(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.output.read_text()
+        try:
+            return self.answers()
+        except httpx.TransportError:
+            return False
 
 
 def check_command(command: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ import httpx
 
 from service.access.keys import digest, new_key
 from tests.deploy.gateway import Gateway
-from tests.deploy.programs import DEPLOY, program, until
+from tests.deploy.programs import DEPLOY, Running, program
 from tests.end_to_end.server import PATIENCE_S, Server, free_port
 
 ORGANISATION = "Test Hospital"
@@ -88,11 +87,12 @@ class Stack:
         return {labels: float(value) for labels, value in lines}
 
 
-class Prometheus:
+class Prometheus(Running):
     """Debian's Prometheus with our rules. As a context: started and ready, ended after."""
 
     def __init__(self, folder: Path, targets: Sequence[int], key: str) -> None:
         self._folder = folder
+        self.output = folder / "prometheus.txt"
         self.port = free_port()
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
         (folder / "metrics-key").write_text(key)
@@ -108,37 +108,21 @@ class Prometheus:
             assert old in text
             text = text.replace(old, new)
         (folder / "prometheus.yml").write_text(text)
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Self:
-        command = [
+    def command(self) -> list[str]:
+        return [
             program("prometheus"),
             f"--config.file={self._folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={self._folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{self.port}",
         ]
-        with (self._folder / "prometheus.txt").open("wb") as output:
-            self._process = subprocess.Popen(command, stdout=output, stderr=output)
-        try:
-            until(self._ready)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait(PATIENCE_S)
+        super().__exit__()
         self.http.close()
 
-    def _ready(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, (self._folder / "prometheus.txt").read_text()
-        try:
-            return self.http.get("/-/ready").status_code == 200
-        except httpx.TransportError:
-            return False
+    def answers(self) -> bool:
+        return self.http.get("/-/ready").status_code == 200
 
     def get(self, path: str) -> Any:
         """`data` of an answer of its API."""

@@ -16,22 +16,10 @@ import pytest
 
 from service.core import Draft
 from service.log import LogUnavailable, SequenceConflict, SqliteLog, sqlite, sqlite_file
-from tests.service.fakes import T0, at
+from tests.service.fakes import T0
+from tests.service.log.drafts import ADMISSION, note
 
 pytestmark = pytest.mark.anyio
-
-ADMISSION = Draft(kind="admission", payload={"admitted_at": "2026-03-01T08:00:00Z", "statics": {}})
-
-
-def note(item_id: str | None = None, text: str = "x") -> Draft:
-    return Draft(
-        kind="observation",
-        item_id=item_id,
-        effective_at=at(0.123456789),
-        available_at=at(0.5),
-        target="t",
-        payload={"text": text, "value": 0.1 + 0.2, "unicode": "µ\u0000\n", "none": None},
-    )
 
 
 @pytest.mark.parametrize("statement", ["UPDATE log SET payload = '{}'", "DELETE FROM log"])
@@ -154,20 +142,6 @@ async def test_a_log_held_by_another_writer_says_so(
     other.close()
     assert (await log.append("e", [ADMISSION], T0, 0))[0].seq == 1
     await log.close()
-
-
-async def test_closing_finishes_what_was_accepted_and_ends_the_rest(log_path: Path) -> None:
-    log = SqliteLog(log_path)
-    accepted = [asyncio.create_task(log.append(f"e{i}", [ADMISSION], T0, 0)) for i in range(50)]
-    await asyncio.sleep(0)
-    await log.close()
-    await log.close()
-    assert all(len(entries) == 1 for entries in await asyncio.gather(*accepted))
-    assert not log.available()
-    with pytest.raises(LogUnavailable):
-        await log.append("e", [ADMISSION], T0, 0)
-    with pytest.raises(LogUnavailable):
-        await log.entries("e")
 
 
 def test_an_old_sqlite_library_is_refused(log_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
